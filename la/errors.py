@@ -1,0 +1,9 @@
+"""The one error that is the user's to mend."""
+
+
+class InputError(ValueError):
+    """Input that cannot be used: a file, a field or a flag.
+
+    The message names what is at fault, what was found, what was expected and what to do next. The command line prints
+    it alone, without a traceback, and exits with code 2.
+    """
