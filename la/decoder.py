@@ -1,0 +1,52 @@
+"""The mask decoder: prototypes and query features to logits (section 4.3)."""
+
+import torch
+from torch import Tensor, nn
+
+from la.attention import Attention, LayerNorm2d
+
+
+class MaskDecoder(nn.Module):
+    """Equations 5 to 7. As in the fusion, attentions have residuals and layer norms that the equations leave out."""
+
+    def __init__(self, dim: int, spatial_convs: bool, heads: int = 8):
+        super().__init__()
+        narrow = dim // 8
+        self.image_to_class = Attention(dim, dim // 2, heads)
+        self.class_to_image = Attention(dim, dim // 2, heads)
+        self.image_norm = nn.LayerNorm(dim)
+        self.class_norm = nn.LayerNorm(dim)
+        self.upscaling = nn.Sequential(
+            nn.ConvTranspose2d(dim, dim // 4, 2, stride=2),
+            LayerNorm2d(dim // 4),
+            nn.GELU(),
+            nn.ConvTranspose2d(dim // 4, narrow, 2, stride=2),
+        )
+        self.class_mlp = nn.Sequential(
+            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, narrow)
+        )
+        self.spatial_convs = (
+            nn.Sequential(
+                nn.Conv2d(narrow, narrow, 3, padding=1),
+                LayerNorm2d(narrow),
+                nn.GELU(),
+                nn.Conv2d(narrow, narrow, 3, padding=1),
+                LayerNorm2d(narrow),
+                nn.GELU(),
+                nn.Conv2d(narrow, narrow, 3, padding=1),
+            )
+            if spatial_convs
+            else nn.Identity()
+        )
+
+    def forward(self, query: Tensor, prototypes: Tensor, slots: Tensor, grid: tuple[int, int]) -> Tensor:
+        """query F_q (B, h*w, D), prototypes E (B, C, D), slots (B, C) bool -> logits (B, C, 4h, 4w).
+
+        Slots that an episode does not have get a logit so low that no pixel takes them.
+        """
+        query = self.image_norm(query + self.image_to_class.spread(query, prototypes, slots))  # equation 5
+        prototypes = self.class_norm(prototypes + self.class_to_image.gather(prototypes, query))  # equation 6
+        image = self.upscaling(query.transpose(1, 2).unflatten(2, grid))
+        image = self.spatial_convs(image)
+        logits = torch.einsum("bdhw,bcd->bchw", image, self.class_mlp(prototypes))  # equation 7
+        return logits.masked_fill(~slots[:, :, None, None], -1e4)
