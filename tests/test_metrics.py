@@ -1,0 +1,57 @@
+"""mIoU against masks worked by hand."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from la.coco import IGNORED
+from la.metrics import FewShotIoU
+
+
+def test_iou_by_hand():
+    scores = FewShotIoU()
+    truth = torch.tensor([[1, 1, 0, 0]])
+    scores.add(torch.tensor([[1, 0, 1, 0]]), truth, (7,))
+    assert scores.miou() == pytest.approx(100 / 3)  # 1 hit, union 3
+    scores.add(truth, truth, (7,))
+    assert scores.miou() == pytest.approx(100 * 3 / 5), "accumulated over episodes, not averaged"
+    scores.add(torch.tensor([[0, 0, 0, 0]]), truth, (9,))
+    assert scores.per_class() == pytest.approx({7: 60.0, 9: 0.0})
+    assert scores.miou() == pytest.approx(30)
+
+
+def test_ignored_pixels_count_as_nothing():
+    scores = FewShotIoU()
+    scores.add(torch.tensor([[1, 1, 1, 0]]), torch.tensor([[1, IGNORED, IGNORED, 0]]), (3,))
+    assert scores.miou() == 100
+
+
+def test_a_swapped_pair_of_classes_scores_nothing():
+    scores = FewShotIoU()
+    truth = torch.tensor([[1, 1, 2, 2, 0]])
+    scores.add(torch.tensor([[2, 2, 1, 1, 0]]), truth, (4, 5))
+    assert scores.miou() == 0
+
+
+@given(st.integers(1, 20), st.integers(0, 1000))
+def test_a_perfect_prediction_scores_100_for_any_number_of_classes(ways, seed):
+    generator = torch.Generator().manual_seed(seed)
+    classes = (1 + torch.randperm(90, generator=generator)[:ways]).tolist()
+    truth = torch.randint(0, ways + 1, (12, 12), generator=generator)
+    truth.view(-1)[: ways + 1] = torch.arange(ways + 1)
+    scores = FewShotIoU()
+    scores.add(truth, truth, classes)
+    assert scores.miou() == 100
+    assert len(scores.per_class()) == ways
+
+
+def test_scores_add_up():
+    one, other, both = FewShotIoU(), FewShotIoU(), FewShotIoU()
+    truth, guess = torch.tensor([[1, 1, 0]]), torch.tensor([[1, 0, 0]])
+    one.add(guess, truth, (1,))
+    other.add(truth, truth, (1,))
+    both.add(guess, truth, (1,))
+    both.add(truth, truth, (1,))
+    one += other
+    assert vars(one) == vars(both)
