@@ -1,0 +1,1 @@
+"""The jobs: files, Ray and MLflow around the model of `la`."""

@@ -1,0 +1,87 @@
+"""The images and annotations of one split as one Parquet table, so that no later verb needs the COCO folder."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from la.coco import Annotation, Dataset, Image
+from pipelines.shards import damaged, write_whole
+
+_DATASET = b"la_dataset"
+_ANNOTATION = pa.struct(
+    {
+        "id": pa.int64(),
+        "category_id": pa.int32(),
+        "is_crowd": pa.bool_(),
+        "area": pa.int64(),
+        "x0": pa.float64(),
+        "y0": pa.float64(),
+        "x1": pa.float64(),
+        "y1": pa.float64(),
+        "counts": pa.binary(),
+    }
+)
+_IMAGES = pa.schema(
+    {
+        "image_id": pa.int64(),
+        "file_name": pa.string(),
+        "height": pa.int32(),
+        "width": pa.int32(),
+        "annotations": pa.list_(_ANNOTATION),
+    }
+)
+
+
+def write_dataset(path: Path, dataset: Dataset) -> None:
+    """Write the images and annotations of a split as one table, one row per image."""
+    images = list(dataset.images.values())
+    found = [dataset.annotations.get(image.id, ()) for image in images]
+    flat = [one for group in found for one in group]
+    corners = np.array([one.box for one in flat], np.float64).reshape(-1, 4)
+    plain = ("id", "category_id", "is_crowd", "area")
+    columns = [pa.array([getattr(one, f) for one in flat], _ANNOTATION.field(f).type) for f in plain]
+    columns += [pa.array(corners[:, i]) for i in range(4)]
+    columns.append(pa.array([one.counts for one in flat], pa.binary()))
+    offsets = pa.array(np.cumsum([0] + [len(group) for group in found]), pa.int32())
+    lists = pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(columns, fields=list(_ANNOTATION)))
+    about = {"split": dataset.split, "categories": sorted(dataset.categories.items())}
+    table = pa.table(
+        [
+            [i.id for i in images],
+            [i.file_name for i in images],
+            [i.height for i in images],
+            [i.width for i in images],
+            lists,
+        ],
+        schema=_IMAGES.with_metadata({_DATASET: json.dumps(about)}),
+    )
+    write_whole(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+
+
+def read_dataset(path: Path) -> Dataset:
+    """The dataset `write_dataset` was given, equal to it. Raises InputError for a damaged file."""
+    try:
+        table = pq.read_table(path, memory_map=True).combine_chunks()
+        about = json.loads(table.schema.metadata[_DATASET])
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise damaged(path, error) from error
+    rows = zip(*(table[f].to_pylist() for f in ("image_id", "file_name", "height", "width")), strict=True)
+    images = {row[0]: Image(*row) for row in rows}
+    lists = table["annotations"].combine_chunks()
+    fields = dict(zip(_ANNOTATION.names, lists.flatten().flatten(), strict=True))
+    owners = np.repeat(list(images), np.asarray(lists.value_lengths()))
+    boxes = zip(*(fields[c].to_pylist() for c in ("x0", "y0", "x1", "y1")), strict=True)
+    plain = (fields[f].to_pylist() for f in ("category_id", "is_crowd", "area"))
+    flat = map(Annotation, fields["id"].to_pylist(), owners.tolist(), *plain, boxes, fields["counts"].to_pylist())
+    grouped: dict[int, list[Annotation]] = {image_id: [] for image_id in images}
+    for one in flat:
+        grouped[one.image_id].append(one)
+    return Dataset(
+        split=about["split"],
+        images=images,
+        categories={int(i): name for i, name in about["categories"]},
+        annotations={image_id: tuple(found) for image_id, found in grouped.items()},
+    )

@@ -1,0 +1,122 @@
+"""The typed settings of every job: one flat, commented list each; unknown keys are refused."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipelines.workspace import digest
+
+Prompt = Literal["mask", "point", "box", "point_box"]
+# (B, N, K) of a training batch on one worker (section 5.2)
+PAPER_BATCHES = ((4, 1, 4), (2, 4, 2), (8, 1, 2), (4, 2, 2), (4, 4, 1), (16, 1, 1))
+PROMPTS: tuple[Prompt, ...] = ("mask", "point", "box", "point_box")
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, strict about names, addressed by a digest of what they say."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FeaturizeConfig(Settings):
+    """One pass of a frozen ViT over every photo of a COCO folder (paper section 4.1)."""
+
+    workspace: Path
+    coco_dir: Path
+    train_split: str | None = None  # e.g. "train2014"; None: the newest year in the folder
+    val_split: str | None = None
+    backbone: str = "vit_base_patch16_224.mae"  # any plain ViT of timm
+    weights: Path | None = None  # .safetensors or .pth in timm's names; None: timm's own, from the hub
+    image_size: int = Field(480, ge=1)  # pixels a side; a multiple of the patch
+    skip_bad: bool = False  # leave unreadable photos out instead of stopping
+    # how; none of these changes the features
+    workers: int = Field(0, ge=0)  # 0: in this process; n: Ray Data actors
+    device: str = "auto"
+    batch_size: int = Field(8, ge=1)  # photos at once
+    shard_size: int | None = Field(None, ge=1)  # photos a file; None: by the number of photos
+    threads: int | None = Field(None, ge=1)  # torch threads of each worker; None: the CPUs shared out
+
+
+class TrainConfig(Settings):
+    """Training of one model on one fold (paper section 5.2)."""
+
+    workspace: Path
+    store: str | None = None  # key of the feature store; None: the only one in the workspace
+    fold: int = 0  # COCO-20i fold whose 20 classes stay unseen
+    seed: int = 0
+    # model: switches of la.model.ModelConfig
+    preset: str = "paper"
+    dim: int | None = None  # D, channels after the neck; None: the preset's
+    token_pool: bool = True
+    class_example_mixer: bool = True
+    spatial_convs: bool = True
+    # data
+    batches: tuple[tuple[int, int, int], ...] = PAPER_BATCHES  # (B, N, K), one drawn for each step
+    prompts: tuple[Literal["mask", "point", "box"], ...] = Field(("mask", "point", "box"), min_length=1)
+    train_batches: int = Field(4000, ge=1)  # batches drawn once per fold; training passes over them again and again
+    # optimisation
+    steps: int = Field(2000, ge=1)
+    lr: float = Field(3e-4, gt=0)  # after warm-up
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    gamma: float = Field(2.0, ge=0)  # focal loss exponent
+    class_weights: bool = True  # weigh each class by its share of query pixels
+    # selection, on seen classes of the val split
+    val_every: int = Field(250, ge=1)  # steps
+    val_episodes: int = Field(100, ge=1)
+    checkpoint_every: int = Field(100, ge=1)  # steps
+    minutes: float | None = Field(None, gt=0)  # stop at the first checkpoint after this long
+    # where
+    workers: int = Field(0, ge=0)  # 0: in this process; n: Ray Train workers
+    device: str = "auto"
+    threads: int | None = None  # torch threads of each worker; None: what torch takes
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run's folder: readable, and a digest of every setting that changes the result."""
+        settings = self.model_dump(mode="json", exclude={"workspace", "threads", "device"})
+        return f"{self.preset}-fold{self.fold}-seed{self.seed}-{digest(settings, 8)}"
+
+
+class EvaluateConfig(Settings):
+    """Evaluation of one method on the unseen classes of one fold (paper section 5.1)."""
+
+    workspace: Path
+    store: str | None = None
+    method: str = "la"  # "la" (needs a checkpoint) or the name of a baseline
+    checkpoint: Path | None = None  # a run's folder or a checkpoint file
+    fold: int = 0
+    ways: int = Field(1, ge=1)
+    shots: int = Field(1, ge=1)
+    prompt: Prompt = "mask"
+    seeds: int = Field(5, ge=1)
+    episodes: int = Field(1000, ge=1)  # of each seed
+    classes: Literal["unseen", "seen"] = "unseen"
+    split: Literal["val", "train"] = "val"
+    batch_size: int = Field(8, ge=1)  # episodes at once; never changes the result
+    device: str = "auto"
+    threads: int | None = None
+
+
+class SweepConfig(Settings):
+    """A study: every variant trained and evaluated on every fold (paper section 5.4)."""
+
+    workspace: Path
+    store: str | None = None  # key of the feature store; None: the only one in the workspace
+    study: Literal["ablations"] = "ablations"
+    variants: tuple[str, ...] | None = None  # names; None: all of the study
+    folds: tuple[int, ...] = Field((0,), min_length=1)
+    train: dict[str, Any] = {}  # other TrainConfig fields, the same for every variant
+    # evaluation: the same for every variant, (ways x shots x prompts) on unseen classes
+    ways: tuple[int, ...] = Field((1, 2), min_length=1)
+    shots: tuple[int, ...] = Field((1,), min_length=1)
+    prompts: tuple[Prompt, ...] = Field(PROMPTS, min_length=1)
+    seeds: int = Field(5, ge=1)
+    episodes: int = Field(1000, ge=1)  # of each seed
+    # where: none of it changes a result
+    concurrent: int | None = Field(None, ge=1)  # trials at once; None: as many as the CPUs and GPUs take
+    threads: int = Field(1, ge=1)  # CPU threads of each trial
+    gpus: float | None = Field(None, ge=0)  # GPUs of each trial, a fraction shares one; None: one where there are any
+    device: str = "auto"
+    tracking_uri: str | None = None  # an MLflow server; None: MLFLOW_TRACKING_URI, else the workspace's database

@@ -1,0 +1,56 @@
+"""One folder that holds everything a study makes, so that later verbs find what earlier ones wrote."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from la.errors import InputError
+
+
+class Workspace:
+    """`features/`, `episodes/`, `runs/`, `mlflow.db` and `artifacts/` under one root."""
+
+    def __init__(self, root: Path | str):
+        self.root = Path(root).absolute()
+
+    @property
+    def features(self) -> Path:
+        return self.root / "features"
+
+    @property
+    def episodes(self) -> Path:
+        return self.root / "episodes"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
+    def mlflow_uri(self) -> str:
+        return f"sqlite:///{self.root / 'mlflow.db'}"
+
+    def find_store(self, key: str | None = None) -> Path:
+        """The folder of the complete feature store `key`, or of the only one.
+
+        Raises InputError where there is none, or where there are several and none was named.
+        """
+        stores = {path.parent.name: path.parent for path in sorted(self.features.glob("*/store.json"))}
+        if not stores:
+            raise InputError(
+                f"--workspace {self.root} holds no features. Run `python cli.py featurize --coco-dir DIR "
+                f"--workspace {self.root}` first, or `python cli.py demo`."
+            )
+        if key is not None and key not in stores:
+            raise InputError(f"--store {key} is not in {self.features}; found {', '.join(stores)}.")
+        if key is None and len(stores) > 1:
+            raise InputError(f"{self.features} holds several stores: {', '.join(stores)}. Choose one with --store.")
+        return stores[key or next(iter(stores))]
+
+
+def digest(value: object, length: int = 12) -> str:
+    """Hex digest of a JSON-serialisable value, the same on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
