@@ -1,0 +1,175 @@
+"""Speed as a ratio of two ways measured in turn in one run, so that the machine and its load cancel out."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from la.backbone import read_photo
+from la.coco import find_splits, load_coco
+from la.errors import InputError
+from pipelines.config import FeaturizeConfig, TrainConfig
+from pipelines.episodes import draw, training_plan
+from pipelines.featurize import store_settings
+from pipelines.shard_maker import Shard, ShardMaker
+from pipelines.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """One comparison: `ratio` against the bar, which it must reach ("at least") or not pass ("at most")."""
+
+    name: str
+    ratio: float
+    bar: float
+    sense: str  # "at least" or "at most"
+    details: dict[str, float | str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return self.ratio >= self.bar if self.sense == "at least" else self.ratio <= self.bar
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.details.items())
+        verdict = "passed" if self.passed else "FAILED"
+        return f"{self.name}: ratio {self.ratio:.3f}, bar {self.sense} {self.bar:g}: {verdict} ({told})"
+
+
+def bench_store(store_path: Path, images: int = 300, repeats: int = 5) -> BenchResult:
+    """Reading images of a store in random order, copied out, against a raw .npy memory map of the same numbers."""
+    store = FeatureStore(store_path)
+    generator = np.random.default_rng(0)
+    ids = [i for split in store.info.splits for i in store.image_ids(split)]
+    ids = [ids[k] for k in generator.permutation(len(ids))[:images]]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "raw.npy"
+        np.save(file, np.stack([store.read(i) for i in ids]))
+        raw = np.load(file, mmap_mode="r")
+        orders = [generator.integers(0, len(ids), images) for _ in range(repeats)]
+
+        def from_store(order: np.ndarray) -> None:
+            for k in order:
+                np.array(store.read(ids[k]))
+
+        def from_raw(order: np.ndarray) -> None:
+            for k in order:
+                np.array(raw[k])
+
+        ours, theirs = _in_turn(from_store, from_raw, orders)
+    return BenchResult(
+        "store: random read against a raw memory map",
+        ratio=statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+        bar=3.0,
+        sense="at most",
+        details={
+            "store ms/image": statistics.median(ours) / images * 1e3,
+            "raw ms/image": statistics.median(theirs) / images * 1e3,
+            "MB/image": raw[0].nbytes / 1e6,
+            "images": str(images),
+            "repeats": str(repeats),
+        },
+    )
+
+
+def bench_featurize(
+    coco_dir: Path,
+    backbone: str,
+    weights: Path | None,
+    image_size: int,
+    images: int = 32,
+    repeats: int = 5,
+    batch_size: int = 8,
+    device: str = "auto",
+    threads: int | None = None,
+) -> BenchResult:
+    """Photos to a shard (decode, resize, ViT, float16, Parquet) against the bare ViT on tensors decoded before.
+
+    Both run in this process, with the same batches and threads; loading the model counts for neither.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        config = FeaturizeConfig(
+            workspace=Path(folder),
+            coco_dir=coco_dir,
+            backbone=backbone,
+            weights=weights,
+            image_size=image_size,
+            batch_size=batch_size,
+            device=device,
+            threads=threads,
+        )
+        splits = find_splits(coco_dir)
+        file, photos = splits["train"]
+        chosen = list(load_coco(file, photos, "train").images.values())[:images]
+        if len(chosen) < images:
+            raise InputError(
+                f"--images is {images}, but {file} lists {len(chosen)} photos. Pass {len(chosen)} or less."
+            )
+        shard = Shard(file=Path(folder) / "shard.parquet", split="train", number=0, photos=photos, images=chosen)
+        maker = ShardMaker(config, store_settings(config, splits))
+        decoded = torch.stack([read_photo(photos / image.file_name, image_size) for image in chosen])
+        ready = [maker.backbone.normalise(batch) for batch in decoded.split(batch_size)]
+        maker.backbone.encode(decoded[:batch_size])  # the first call allocates
+
+        def whole(_: int) -> None:
+            maker.make(shard)
+
+        def bare(_: int) -> None:
+            with torch.inference_mode():
+                for batch in ready:
+                    features = maker.backbone(batch)
+            features.cpu()  # on a GPU the calls above return before their work is done
+
+        ours, theirs = _in_turn(whole, bare, list(range(repeats)))
+    return BenchResult(
+        "featurize: photos to Parquet against the bare ViT",
+        ratio=statistics.median(b / a for a, b in zip(ours, theirs, strict=True)),
+        bar=0.85,
+        sense="at least",
+        details={
+            "featurize images/s": images / statistics.median(ours),
+            "bare ViT images/s": images / statistics.median(theirs),
+            "backbone": f"{backbone} at {image_size} px",
+            "threads": str(torch.get_num_threads()),
+            "images": str(images),
+            "repeats": str(repeats),
+        },
+    )
+
+
+def bench_episodes(store_path: Path, fold: int = 0, repeats: int = 5, count: int = 2000) -> BenchResult:
+    """Episodes drawn a second by this one process: the training mix of (B, N, K), prompts and points included."""
+    store = FeatureStore(store_path)
+    plan = training_plan(TrainConfig(workspace=store.path.parents[1], fold=fold))
+    sizes = [size for size, _, _ in plan.batches]
+
+    def once(_: int) -> None:
+        for group, size in enumerate(sizes):
+            draw(plan, store, group, 0, round(count * size / sum(sizes)))
+
+    seconds, _ = _in_turn(once, lambda _: None, list(range(repeats)))
+    rate = count / statistics.median(seconds)
+    return BenchResult(
+        "episodes: drawn a second on one core, against 2,000",
+        ratio=rate / 2000,
+        bar=1.0,
+        sense="at least",
+        details={"episodes/s": rate, "episodes": str(count), "repeats": str(repeats)},
+    )
+
+
+def _in_turn(first: Callable, second: Callable, turns: list) -> tuple[list[float], list[float]]:
+    """Seconds of each call: first, second, second, first, ... after one untimed turn of both."""
+    seconds: dict[Callable, list[float]] = {first: [], second: []}
+    first(turns[0])
+    second(turns[0])
+    for number, turn in enumerate(turns):
+        for way in (first, second) if number % 2 == 0 else (second, first):
+            started = time.perf_counter()
+            way(turn)
+            seconds[way].append(time.perf_counter() - started)
+    return seconds[first], seconds[second]

@@ -1,0 +1,205 @@
+"""Episode shards: drawing, writing and reading them. The same arguments give the same episodes, always."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from la.coco import fold_classes
+from la.episodes import MIN_AREA, Episode, Pair, Pool, evaluation_episode, training_episode
+from pipelines.config import EvaluateConfig, TrainConfig
+from pipelines.store import FeatureStore
+from pipelines.workspace import digest
+
+FORMAT = 1
+ROWS_PER_PART = 4096
+SCHEMA = pa.schema(
+    {
+        "index": pa.int64(),
+        "classes": pa.list_(pa.int32()),
+        "query": pa.int64(),
+        "supports": pa.list_(pa.int64()),
+        "pairs": pa.list_(
+            pa.struct(
+                {
+                    "support": pa.int16(),
+                    "slot": pa.int16(),
+                    "masks": pa.list_(pa.int64()),
+                    "points": pa.list_(pa.list_(pa.float32())),
+                    "boxes": pa.list_(pa.list_(pa.float32())),
+                }
+            )
+        ),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a set of episode shards holds. Two equal plans on equal annotations are the same episodes."""
+
+    protocol: str  # "la-train" or "la-test"
+    fold: int
+    split: str  # "train" or "val"
+    classes: str  # "seen" or "unseen"
+    seed: int
+    batches: tuple[tuple[int, int, int], ...]  # (B, N, K), one group of shards each; testing has one, B = 1
+    count: int  # batches of each group
+    prompt: str | None = None  # kind of prompt in testing
+    mixed: tuple[str, ...] = ()  # kinds of prompt in training
+
+    @property
+    def name(self) -> str:
+        return f"{self.protocol}/fold{self.fold}/{self.split}/{self.classes}/seed{self.seed}"
+
+    def folder(self, store: FeatureStore) -> Path:
+        key = digest([FORMAT, MIN_AREA, store.dataset(self.split).digest, self.__dict__])
+        kind = f"protocol={self.protocol}/fold={self.fold}/split={self.split}"
+        return store.path.parents[1] / "episodes" / kind / key
+
+
+def training_plan(config: TrainConfig) -> Plan:
+    count = -(-config.train_batches // len(config.batches))
+    return Plan("la-train", config.fold, "train", "seen", config.seed, config.batches, count, mixed=config.prompts)
+
+
+def evaluation_plan(config: EvaluateConfig, seed: int) -> Plan:
+    batches = ((1, config.ways, config.shots),)
+    return Plan("la-test", config.fold, config.split, config.classes, seed, batches, config.episodes, config.prompt)
+
+
+@lru_cache(maxsize=8)
+def _pool(store: FeatureStore, split: str, fold: int, classes: str) -> Pool:
+    dataset = store.dataset(split)
+    seen, unseen = fold_classes(dataset.categories, fold)
+    return Pool(dataset, seen if classes == "seen" else unseen)
+
+
+def pool_of(plan: Plan, store: FeatureStore) -> Pool:
+    return _pool(store, plan.split, plan.fold, plan.classes)
+
+
+def draw(plan: Plan, store: FeatureStore, group: int, start: int, stop: int) -> list[Episode]:
+    """Episodes start..stop-1 of a group; raises InputError where classes or images are too few."""
+    pool = pool_of(plan, store)
+    _, ways, shots = plan.batches[group]
+    if plan.prompt is None:
+        return [training_episode(pool, plan.name, i, ways, shots, plan.mixed) for i in range(start, stop)]
+    return [evaluation_episode(pool, plan.name, i, ways, shots, plan.prompt) for i in range(start, stop)]
+
+
+class EpisodeShards:
+    """Written episodes, read one batch at a time."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.manifest = json.loads((folder / "manifest.json").read_text())
+        self._open = lru_cache(maxsize=64)(lambda path: pq.ParquetFile(path, memory_map=True, pre_buffer=False))
+
+    @property
+    def digest(self) -> str:
+        return self.manifest["digest"]
+
+    def batch(self, group: int, position: int) -> list[Episode]:
+        """Batch `position` of a group, starting over after the last."""
+        size, ways, shots = self.manifest["plan"]["batches"][group]
+        per_part = _batches_per_part(size)
+        part, row_group = divmod(position % self.manifest["plan"]["count"], per_part)
+        file = self._open(self.folder / _part_name(size, ways, shots, part))
+        return [_episode(row) for row in file.read_row_group(row_group, use_threads=False).to_pylist()]
+
+    def __iter__(self) -> Iterator[Episode]:
+        for size, ways, shots in self.manifest["plan"]["batches"]:
+            for path in sorted(self.folder.glob(_part_name(size, ways, shots, None))):
+                for rows in self._open(path).iter_batches(batch_size=256, use_threads=False):
+                    yield from map(_episode, rows.to_pylist())
+
+
+def ensure_episodes(plan: Plan, store: FeatureStore, workers: int = 0) -> EpisodeShards:
+    """The shards of `plan`, drawn and written where they are not there yet.
+
+    `workers` processes draw parts side by side; parts that an earlier, killed run finished are kept.
+    """
+    folder = plan.folder(store)
+    if not (folder / "manifest.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        jobs = []
+        for group, (size, ways, shots) in enumerate(plan.batches):
+            per_part = _batches_per_part(size)
+            for part, first in enumerate(range(0, plan.count, per_part)):
+                last = min(plan.count, first + per_part)
+                path = folder / _part_name(size, ways, shots, part)
+                jobs.append((plan, store.path, group, first * size, last * size, size, path))
+        if workers > 1:
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
+                digests = list(executor.map(_write_part, *zip(*jobs, strict=True)))
+        else:
+            digests = [_write_part(plan, store, *job[2:]) for job in jobs]
+        pool = pool_of(plan, store)
+        most_shots = max(k for _, _, k in plan.batches) if plan.prompt else 1
+        manifest = {
+            "format": FORMAT,
+            "plan": plan.__dict__,
+            "dataset_digest": store.dataset(plan.split).digest,
+            "min_area_px": MIN_AREA,
+            "episodes": sum(size * plan.count for size, _, _ in plan.batches),
+            "classes_drawn": pool.usable(most_shots),
+            "classes_skipped": pool.skipped(most_shots),
+            "digest": digest(digests, 16),
+        }
+        _write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    return EpisodeShards(folder)
+
+
+def _write_part(
+    plan: Plan, store: FeatureStore | Path, group: int, start: int, stop: int, size: int, path: Path
+) -> str:
+    """Draw and write one part, one row group a training batch; returns its content digest."""
+    if path.exists():
+        return pq.read_schema(path).metadata[b"digest"].decode()
+    store = FeatureStore(store) if isinstance(store, Path) else store
+    episodes = draw(plan, store, group, start, stop)
+    content = hashlib.sha256(json.dumps(episodes).encode()).hexdigest()
+    rows = [e._asdict() | {"pairs": [p._asdict() for p in e.pairs]} for e in episodes]
+    table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"digest": content})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    row_group = size if plan.prompt is None else 64  # training reads batches at random, testing all in order
+    pq.write_table(table, temporary, row_group_size=row_group, compression="zstd", write_statistics=False)
+    os.replace(temporary, path)
+    return content
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _batches_per_part(size: int) -> int:
+    return max(1, ROWS_PER_PART // size)
+
+
+def _part_name(size: int, ways: int, shots: int, part: int | None) -> str:
+    return f"b{size}-n{ways}-k{shots}-" + ("*.parquet" if part is None else f"{part:05d}.parquet")
+
+
+def _episode(row: dict) -> Episode:
+    pairs = tuple(
+        Pair(
+            p["support"],
+            p["slot"],
+            tuple(p["masks"]),
+            tuple((x, y, int(label)) for x, y, label in p["points"]),
+            tuple(tuple(box) for box in p["boxes"]),
+        )
+        for p in row["pairs"]
+    )
+    return Episode(row["index"], tuple(row["classes"]), row["query"], tuple(row["supports"]), pairs)

@@ -1,0 +1,241 @@
+"""Training: one loop read from top to bottom, run in this process or by Ray Train (paper sections 4.4 and 5.2)."""
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from la.batch import EpisodeBatch
+from la.device import autocast, pick_device
+from la.errors import InputError
+from la.losses import focal_loss
+from la.model import PRESETS, LabelAnything, ModelConfig, save_state
+from la.schedules import warmup_cosine
+from pipelines.batches import BatchBuilder
+from pipelines.config import EvaluateConfig, TrainConfig
+from pipelines.episodes import EpisodeShards, Plan, ensure_episodes, evaluation_plan, training_plan
+from pipelines.evaluate import score
+from pipelines.store import FeatureStore
+from pipelines.workspace import Workspace
+
+Report = Callable[[dict], None]
+REPORT_EVERY = 10  # steps
+VALIDATION_SEED = 1000  # apart from the seeds of the test protocol
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Place of a process among those that train together, and how they act as one."""
+
+    rank: int = 0
+    world: int = 1
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model
+    any: Callable[[bool], bool] = lambda flag: flag  # whether the flag is set on rank 0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a finished run lies and how it ended."""
+
+    run_dir: Path
+    checkpoint: Path  # the best on seen classes
+    step: int
+    metrics: dict[str, float]
+
+
+def train(config: TrainConfig, on_report: Report | None = None) -> TrainResult:
+    """Train a model, or go on with it; returns at once where the run is finished.
+
+    `on_report` gets step, loss, lr, episodes_per_s, seconds and now and then seen_miou. Raises InputError for an empty
+    workspace, a fold outside 0-3 and too few images for the batches.
+    """
+    run_dir = run_dir_of(config)
+    if not (run_dir / "result.json").exists():
+        store = FeatureStore(Workspace(config.workspace).find_store(config.store))
+        ensure_episodes(training_plan(config), store)
+        ensure_episodes(validation_plan(config), store)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _write(run_dir / "config.json", config.model_dump_json(indent=1))
+        if config.workers:
+            from pipelines.ray_train import fit
+
+            fit(config, on_report)
+        else:
+            train_loop(config, Worker(), on_report or (lambda _: None))
+    result = json.loads((run_dir / "result.json").read_text())
+    return TrainResult(run_dir, run_dir / "best.pt", result["step"], result["metrics"])
+
+
+def run_dir_of(config: TrainConfig) -> Path:
+    return Workspace(config.workspace).runs / config.run_name
+
+
+def steps_of_epochs(config: TrainConfig, epochs: float) -> int:
+    """Steps that draw `epochs` x (training photos) episodes, as the paper counts an epoch."""
+    store = FeatureStore(Workspace(config.workspace).find_store(config.store))
+    per_step = max(1, config.workers) * sum(b for b, _, _ in config.batches) / len(config.batches)
+    return max(1, round(epochs * len(store.image_ids("train")) / per_step))
+
+
+def model_config(config: TrainConfig, channels: int) -> ModelConfig:
+    if config.preset not in PRESETS:
+        raise InputError(f"--preset {config.preset} is unknown. Choose one of {', '.join(PRESETS)}.")
+    return ModelConfig(
+        channels=channels,
+        dim=config.dim or PRESETS[config.preset],
+        token_pool=config.token_pool,
+        class_example_mixer=config.class_example_mixer,
+        spatial_convs=config.spatial_convs,
+    )
+
+
+def validation_plan(config: TrainConfig) -> Plan:
+    """1-way 1-shot episodes of seen classes on val images: what checkpoints are chosen by."""
+    settings = EvaluateConfig(
+        workspace=config.workspace, fold=config.fold, classes="seen", split="val", episodes=config.val_episodes
+    )
+    return evaluation_plan(settings, VALIDATION_SEED + config.seed)
+
+
+def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
+    """The loop of every worker. Goes on from `last.pt` where there is one; rank 0 validates, saves and reports."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    run_dir = run_dir_of(config)
+    store = FeatureStore(Workspace(config.workspace).find_store(config.store))
+    shards = ensure_episodes(training_plan(config), store)
+    validation = ensure_episodes(validation_plan(config), store)
+    val_builder = BatchBuilder(store, "val")
+    device = pick_device(config.device)
+
+    torch.manual_seed(config.seed)
+    plain = LabelAnything(model_config(config, store.info.channels)).to(device)
+    optimiser = torch.optim.AdamW(plain.parameters(), config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: warmup_cosine(step, config.warmup_steps, config.steps)
+    )
+    at = {"step": 0, "seconds": 0.0, "best": -1.0, "curve": []}  # the position, saved with every checkpoint
+    if (run_dir / "last.pt").exists():
+        saved = torch.load(run_dir / "last.pt", map_location=device, weights_only=True)
+        plain.load_state_dict(saved["state"])
+        optimiser.load_state_dict(saved["optimiser"])
+        schedule.load_state_dict(saved["schedule"])
+        at = saved["at"]
+    model = worker.wrap(plain)
+    plain.train()
+
+    losses: list[Tensor] = []
+    since = time.perf_counter()
+    started = since - at["seconds"]
+    episodes = 0
+    done = at["step"] >= config.steps
+    batches = read_ahead(config, shards, BatchBuilder(store, "train"), worker, at["step"])
+    while not done:
+        batch, truth = next(batches)
+        batch, truth = batch.to(device), truth.to(device, non_blocking=True)
+        rows = torch.Generator().manual_seed(_number(config.seed, at["step"], worker.rank))
+        with autocast(device):
+            logits = model(batch, rows)
+        loss = focal_loss(logits, truth, config.gamma, config.class_weights)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+
+        at["step"] += 1
+        at["seconds"] = time.perf_counter() - started
+        losses.append(loss.detach())
+        episodes += len(truth) * worker.world
+        done = at["step"] == config.steps
+        saving = done or at["step"] % config.checkpoint_every == 0
+        if saving and config.minutes is not None:
+            done = worker.any(done or at["seconds"] > 60 * config.minutes)
+        validating = done or at["step"] % config.val_every == 0
+        if worker.rank != 0:
+            continue
+        if validating or at["step"] % REPORT_EVERY == 0:
+            metrics = {
+                "step": at["step"],
+                "loss": torch.stack(losses).mean().item(),
+                "lr": schedule.get_last_lr()[0],
+                "episodes_per_s": episodes / (time.perf_counter() - since),
+                "seconds": at["seconds"],
+            }
+            if validating:
+                plain.eval()
+                metrics["seen_miou"] = score(plain, validation, val_builder, device, batch_size=8).miou()
+                plain.train()
+                if metrics["seen_miou"] > at["best"]:
+                    at["best"] = metrics["seen_miou"]
+                    save(run_dir / "best.pt", checkpoint(plain, config, store) | {"step": at["step"]})
+            at["curve"].append(metrics)
+            on_report(metrics)
+            losses, episodes, since = [], 0, time.perf_counter()
+        if saving:
+            _write(run_dir / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in at["curve"]))
+            position = {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(), "at": at}
+            save(run_dir / "last.pt", checkpoint(plain, config, store) | position)
+    if worker.rank == 0:
+        metrics = {"seen_miou": at["best"], "train_seconds": at["seconds"]}
+        result = {"step": at["step"], "metrics": metrics, "episodes_digest": shards.digest}
+        _write(run_dir / "result.json", json.dumps(result))
+
+
+def read_ahead(
+    config: TrainConfig, shards: EpisodeShards, builder: BatchBuilder, worker: Worker, step: int
+) -> Iterator[tuple[EpisodeBatch, Tensor]]:
+    """(batch, truth) of every step from `step` on, made by a thread while the step before runs.
+
+    Step s takes one (B, N, K) for all workers; batch i of the step goes to rank i. Each tuple has its own sequence of
+    batches, so shapes are equal on all ranks whatever their number.
+    """
+    groups = len(config.batches)
+    taken = [0] * groups
+    for past in range(step):
+        taken[_number(config.seed, past) % groups] += 1
+    pinned = pick_device(config.device).type == "cuda"
+
+    def load(group: int, position: int) -> tuple[EpisodeBatch, Tensor]:
+        drawn = shards.batch(group, position)
+        batch, truth = builder.pack(drawn), builder.truth(drawn)
+        return (batch.pin_memory(), truth.pin_memory()) if pinned else (batch, truth)
+
+    with ThreadPoolExecutor(1) as executor:
+        ahead = []
+        while True:
+            while len(ahead) < 2:
+                group = _number(config.seed, step) % groups
+                ahead.append(executor.submit(load, group, taken[group] * worker.world + worker.rank))
+                taken[group] += 1
+                step += 1
+            yield ahead.pop(0).result()
+
+
+def checkpoint(model: LabelAnything, config: TrainConfig, store: FeatureStore) -> dict:
+    """What evaluation and prediction need: the model, the fold it has not seen, the features it was trained on."""
+    return save_state(model) | {"fold": config.fold, "store": store.key, "train_config": config.model_dump_json()}
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a checkpoint of plain tensors and numbers; the old one stays until the new one is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def _number(*parts: int) -> int:
+    """A 63-bit number that is a pure function of `parts`."""
+    return int(random.Random("/".join(map(str, parts))).random() * 2**53)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)

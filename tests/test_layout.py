@@ -1,0 +1,28 @@
+"""Dependencies point one way: cli -> sweeps -> pipelines -> la."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FORBIDDEN = {
+    "la": {"pipelines", "sweeps", "cli", "ray", "mlflow", "pyarrow", "typer"},
+    "pipelines": {"sweeps", "cli", "typer"},
+    "sweeps": {"cli", "typer", "mlflow"},
+}
+FILES = [path for package in FORBIDDEN for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_imports_only_what_its_place_allows(path):
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imported.add(node.module.split(".")[0])
+    package = path.relative_to(ROOT).parts[0]
+    assert not imported & FORBIDDEN[package]
+    if package != "la" and path.name != "tracking.py":
+        assert "mlflow" not in imported, "only pipelines/tracking.py talks to MLflow"

@@ -1,0 +1,212 @@
+"""Training: shapes equal on all ranks, resume, two workers, and that it learns."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from la.errors import InputError
+from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
+from pipelines.demo.scenes import draw_scenes
+from pipelines.episodes import draw, ensure_episodes, evaluation_plan, training_plan
+from pipelines.evaluate import evaluate
+from pipelines.featurize import featurize
+from pipelines.store import FeatureStore
+from pipelines.training import Worker, read_ahead, run_dir_of, train, train_loop
+from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory):
+    """A workspace with features of a few scenes."""
+    root = tmp_path_factory.mktemp("study")
+    scenes = draw_scenes(root / "scenes", train_images=80, val_images=48)
+    settings = {"backbone": BACKBONE, "weights": WEIGHTS, "image_size": IMAGE_SIZE}
+    featurize(FeaturizeConfig(workspace=root, coco_dir=scenes, **settings))
+    return root
+
+
+def settings(workspace, **changes):
+    plain = {
+        "preset": "debug",
+        "steps": 12,
+        "warmup_steps": 2,
+        "batches": ((2, 1, 1), (2, 2, 1)),
+        "train_batches": 12,
+        "val_episodes": 3,
+        "val_every": 6,
+        "checkpoint_every": 4,
+        "threads": 1,
+    }
+    return TrainConfig(workspace=workspace, **(plain | changes))
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)["state"]
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(workspace, monkeypatch):
+    whole = train(settings(workspace, lr=1.1e-3))
+    expected = weights_of(whole.run_dir / "last.pt")
+    import pipelines.training as module
+
+    real, saves = module.save, []
+
+    def stopping(path, content):
+        real(path, content)
+        saves.append(path.name)
+        if saves.count("last.pt") == 2:
+            raise Stop
+
+    for name in ("result.json", "last.pt", "best.pt"):
+        (whole.run_dir / name).unlink()
+    monkeypatch.setattr(module, "save", stopping)
+    with pytest.raises(Stop):
+        train(settings(workspace, lr=1.1e-3))
+    monkeypatch.setattr(module, "save", real)
+    reports = []
+    again = train(settings(workspace, lr=1.1e-3), reports.append)
+    assert reports[0]["step"] > 8, "it went on from the checkpoint of step 8"
+    resumed = weights_of(again.run_dir / "last.pt")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    points = [json.loads(line)["step"] for line in (again.run_dir / "curve.jsonl").read_text().splitlines()]
+    assert points == sorted(set(points))
+
+
+def test_a_finished_run_is_not_repeated(workspace):
+    config = settings(workspace)
+    first = train(config)
+    stamp = (first.run_dir / "last.pt").stat().st_mtime_ns
+    assert train(config) == first
+    assert (first.run_dir / "last.pt").stat().st_mtime_ns == stamp
+    assert run_dir_of(settings(workspace, lr=0.5)) != first.run_dir
+
+
+def test_all_ranks_have_one_shape_in_a_step_and_share_no_episode(workspace):
+    config = settings(workspace, train_batches=40)
+    store = FeatureStore(next((workspace / "features").iterdir()))
+    shards = ensure_episodes(training_plan(config), store)
+
+    class Names:
+        def pack(self, episodes):
+            return [(len(e.classes), e.index) for e in episodes]
+
+        def truth(self, episodes):
+            return None
+
+    def steps(rank, world):
+        batches = read_ahead(config, shards, Names(), Worker(rank, world), 0)
+        return [next(batches)[0] for _ in range(10)]
+
+    alone, first, second = steps(0, 1), steps(0, 2), steps(1, 2)
+    for one, other in zip(first, second, strict=True):
+        assert [ways for ways, _ in one] == [ways for ways, _ in other]
+        assert not set(one) & set(other)
+    assert [b[0][0] for b in alone] == [b[0][0] for b in first], "a step's shape does not depend on the workers"
+
+
+def test_resumed_reading_takes_up_the_same_batches(workspace):
+    config = settings(workspace)
+    store = FeatureStore(next((workspace / "features").iterdir()))
+    shards = ensure_episodes(training_plan(config), store)
+
+    class Indices:
+        def pack(self, episodes):
+            return [e.index for e in episodes]
+
+        def truth(self, episodes):
+            return None
+
+    def take(start, count):
+        batches = read_ahead(config, shards, Indices(), Worker(), start)
+        return [next(batches)[0] for _ in range(count)]
+
+    assert take(0, 9)[5:] == take(5, 4)
+
+
+def test_shards_hold_the_drawn_episodes_and_the_same_for_any_number_of_workers(workspace, tmp_path):
+    store = FeatureStore(next((workspace / "features").iterdir()))
+    plan = training_plan(settings(workspace, seed=5, train_batches=9000))
+    digests = []
+    for workers in (1, 2):
+        shards = ensure_episodes(plan, store, workers)
+        digests.append((shards.digest, sorted((p.name, p.read_bytes()) for p in shards.folder.glob("*.parquet"))))
+        for path in (*shards.folder.glob("*"),) if workers == 1 else ():
+            path.unlink()
+    assert digests[0] == digests[1]
+    assert len(digests[0][1]) > 2
+    drawn = draw(plan, store, 1, 0, 40)
+    assert [e for position in range(20) for e in shards.batch(1, position)] == drawn
+    tested = evaluation_plan(EvaluateConfig(workspace=workspace, prompt="point_box", episodes=70), 0)
+    assert list(ensure_episodes(tested, store)) == draw(tested, store, 0, 0, 70)
+
+
+def _two_workers(rank, config, port, shared):
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+
+    def wrap(model):
+        return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+
+    reports = []
+    train_loop(config, Worker(rank, 2, wrap), reports.append)
+    shared[rank] = len(reports)
+    dist.destroy_process_group()
+
+
+def test_two_gloo_workers_train_one_model(workspace):
+    config = settings(workspace, lr=2e-3, workers=2)
+    run_dir_of(config).mkdir(parents=True)
+    (run_dir_of(config) / "config.json").write_text(config.model_dump_json())
+    store = FeatureStore(next((workspace / "features").iterdir()))
+    ensure_episodes(training_plan(config), store)
+    shared = mp.get_context("spawn").Manager().dict()
+    mp.spawn(_two_workers, (config, _free_port(), shared), nprocs=2)
+    assert shared[0] > 0
+    assert shared[1] == 0, "only rank 0 reports"
+    result = json.loads((run_dir_of(config) / "result.json").read_text())
+    assert result["step"] == 12
+
+
+def _free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(workspace):
+    run = train(settings(workspace))
+    results = [
+        evaluate(EvaluateConfig(workspace=workspace, checkpoint=run.run_dir, seeds=1, episodes=9, batch_size=size))
+        for size in (1, 4)
+    ]
+    assert results[0].miou == pytest.approx(results[1].miou, abs=0.05)
+    assert results[0].episodes_digest == results[1].episodes_digest
+
+
+def test_a_checkpoint_is_refused_on_classes_it_has_seen(workspace):
+    run = train(settings(workspace))
+    with pytest.raises(InputError, match="trained on fold 0, so it has seen classes of fold 1"):
+        evaluate(EvaluateConfig(workspace=workspace, checkpoint=run.run_dir, fold=1, seeds=1, episodes=2))
+
+
+def test_an_untrained_fold_says_what_to_run(workspace):
+    with pytest.raises(InputError, match="has no finished training of fold 3"):
+        evaluate(EvaluateConfig(workspace=workspace, fold=3, seeds=1, episodes=2))
+
+
+def test_too_many_ways_for_the_images_are_refused(workspace):
+    with pytest.raises(InputError, match="Lower --ways or --shots"):
+        evaluate(EvaluateConfig(workspace=workspace, method="prototype", ways=20, shots=9, seeds=1, episodes=2))
+
+
+def test_an_empty_workspace_says_what_to_run(tmp_path):
+    with pytest.raises(InputError, match="featurize"):
+        train(settings(tmp_path))
