@@ -12,6 +12,7 @@ import torch
 
 from la.backbone import read_photo
 from la.coco import find_splits, load_coco
+from la.device import autocast
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig, TrainConfig
 from pipelines.episodes import draw, training_plan
@@ -119,7 +120,7 @@ def bench_featurize(
             maker.make(shard)
 
         def bare(_: int) -> None:
-            with torch.inference_mode():
+            with torch.inference_mode(), autocast(ready[0].device):
                 for batch in ready:
                     features = maker.backbone(batch)
             features.cpu()  # on a GPU the calls above return before their work is done

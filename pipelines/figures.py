@@ -38,7 +38,7 @@ def draw_episodes(
         for cell in row:
             cell.axis("off")
         _draw_row(row, most, method, builder, episode, device)
-    for cell, heading in zip(axes[0], ["support"] * most + ["query", "truth", "prediction"], strict=True):
+    for cell, heading in zip(axes[0], ["supports"] + [""] * (most - 1) + ["query", "truth", "prediction"], strict=True):
         cell.set_title(heading)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
@@ -67,7 +67,7 @@ def _draw_row(row: Sequence[Axes], most: int, method: Method, builder: BatchBuil
     logits = method(builder.pack([episode]).to(device)).float()
     predicted = segment(logits[0], truth.shape).cpu()
     for cell, labels in zip(row[most:], (None, truth.numpy(), predicted.numpy()), strict=True):
-        cell.imshow(photo if labels is None else _shaded(photo, labels))
+        cell.imshow(photo if labels is None else _shaded(photo, labels, always=True))
     names = builder.dataset.categories
     handles = [Patch(color=COLOURS[slot % 10], label=names[c]) for slot, c in enumerate(episode.classes)]
     row[most].legend(handles=handles, loc="lower left", fontsize=7, framealpha=0.8)
@@ -100,9 +100,11 @@ def _photo(builder: BatchBuilder, image_id: int) -> np.ndarray:
         return np.full((image.height, image.width, 3), 128, np.uint8)
 
 
-def _shaded(photo: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The photo with classes in their colours and ignored pixels white."""
-    shaded = photo.astype(np.float32)
+def _shaded(photo: np.ndarray, labels: np.ndarray, always: bool = False) -> np.ndarray:
+    """The photo in grey, so that the colours of the classes stand out; ignored pixels white."""
+    if not (always or labels.any()):
+        return photo
+    shaded = 0.7 * photo.mean(-1, keepdims=True).repeat(3, -1)
     for slot in np.unique(labels):
         if slot:
             colour = np.ones(3) if slot == IGNORED else np.array(COLOURS[(slot - 1) % 10])

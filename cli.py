@@ -1,0 +1,510 @@
+"""Label Anything from the shell: one verb per stage, from a COCO folder to tables in MLflow.
+
+featurize, episodes, train, evaluate: one model.  featurize, sweep ablations, ui: the paper's ablation tables.
+demo: all of it on scenes drawn on the spot, without a download.
+"""
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from la.errors import InputError
+
+console = Console()
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
+sweep_app = typer.Typer(help="Sweeps on Ray Tune: many trainings and evaluations, one table.", no_args_is_help=True)
+bench_app = typer.Typer(help="Speed as a ratio, both sides measured in one run.", no_args_is_help=True)
+app.add_typer(sweep_app, name="sweep")
+app.add_typer(bench_app, name="bench")
+
+WORKSPACE = Path("workspace")
+LR = 3e-4
+WorkspaceOption = Annotated[
+    Path, typer.Option("--workspace", envvar="LA_WORKSPACE", help="Folder of everything a study makes.")
+]
+StoreOption = Annotated[str | None, typer.Option("--store", help="Key of the feature store, if there are several.")]
+FoldOption = Annotated[int, typer.Option("--fold", help="COCO-20i fold, 0 to 3; its 20 classes stay unseen.")]
+FoldsOption = Annotated[str, typer.Option("--folds", help="COCO-20i folds, such as 0 or 0,1,2,3.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1; auto takes CUDA if there.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Torch threads of each process.")]
+WaysOption = Annotated[int, typer.Option("--ways", min=1, help="Classes of an episode.")]
+ShotsOption = Annotated[int, typer.Option("--shots", min=1, help="Support images of each class.")]
+SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Sets of episodes; mean and std are over them.")]
+EpisodesOption = Annotated[int, typer.Option("--episodes", min=1, help="Episodes of each seed.")]
+CocoOption = Annotated[Path, typer.Option("--coco-dir", help="Folder with annotations/, train2017/ and val2017/.")]
+BackboneOption = Annotated[str, typer.Option("--backbone", help="Any ViT of timm.")]
+WeightsOption = Annotated[
+    Path | None, typer.Option("--weights", help="Local weights in timm's names; default: timm's hub.")
+]
+SizeOption = Annotated[int, typer.Option("--image-size", help="Side in pixels that photos are resized to.")]
+BatchScaleOption = Annotated[
+    float, typer.Option("--batch-scale", help="Times B in the paper's (B, N, K); 0.5 halves memory and time of a step.")
+]
+PromptOption = Annotated[Literal["mask", "point", "box", "point_box"], typer.Option(help="Prompts on the supports.")]
+
+
+@contextmanager
+def mistakes():
+    """The user's mistakes are one message and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        Console(stderr=True).print("error:", str(error), style="red", highlight=False, soft_wrap=True, markup=False)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; the same command goes on where it was")
+        raise typer.Exit(130) from None
+
+
+def progress_bar(*fields: str) -> Progress:
+    """A bar with the count, the task fields named, and the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(
+        *columns, *(TextColumn("{task.fields[" + f + "]}") for f in fields), TimeRemainingColumn(), console=console
+    )
+
+
+@app.command()
+def featurize(
+    coco_dir: CocoOption,
+    backbone: BackboneOption = "vit_base_patch16_224.mae",
+    weights: WeightsOption = None,
+    image_size: SizeOption = 480,
+    workers: Annotated[int, typer.Option(min=0, help="Ray Data workers; 0 works in this process.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Photos at once through the ViT.")] = 8,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out photos that cannot be read.")] = False,
+    train_split: Annotated[str | None, typer.Option(help="Such as train2014; default: the newest there.")] = None,
+    val_split: Annotated[str | None, typer.Option(help="Such as val2014; default: the newest there.")] = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Turn every photo into features once, with a frozen ViT. Done twice, there is nothing to do."""
+    with mistakes():
+        from pipelines.config import FeaturizeConfig
+        from pipelines.featurize import featurize as run
+
+        report = run(
+            FeaturizeConfig(
+                workspace=workspace,
+                coco_dir=coco_dir,
+                backbone=backbone,
+                weights=weights,
+                image_size=image_size,
+                workers=workers,
+                batch_size=batch_size,
+                skip_bad=skip_bad,
+                train_split=train_split,
+                val_split=val_split,
+                device=device,
+                threads=threads,
+            ),
+            console,
+        )
+        rate = f" at {report.images_per_second:.2f} images/s" if report.made else ""
+        console.print(
+            f"{report.made} photos featurized{rate}, {report.already} there already, {len(report.skipped)} skipped"
+        )
+        for name, reason in report.skipped.items():
+            console.print(f"  skipped {name}: {reason}", highlight=False, markup=False)
+        console.print(f"store: {report.store}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def episodes(
+    folds: FoldsOption = "0,1,2,3",
+    train_batches: Annotated[int, typer.Option(min=1, help="Training batches of each fold.")] = 4000,
+    ways: Annotated[str, typer.Option(help="Ways of the test episodes, such as 1,2.")] = "1,2",
+    shots: Annotated[str, typer.Option(help="Shots of the test episodes, such as 1,5.")] = "1",
+    prompt: PromptOption = "mask",
+    seeds: SeedsOption = 5,
+    count: EpisodesOption = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the training episodes.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that draw; the episodes are the same.")] = 0,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+) -> None:
+    """Draw COCO-20i episodes into Parquet shards. Later verbs draw what they miss, so this one is for looking first."""
+    with mistakes():
+        from pipelines.config import EvaluateConfig, TrainConfig
+        from pipelines.episodes import ensure_episodes, evaluation_plan, training_plan
+        from pipelines.store import FeatureStore
+        from pipelines.workspace import Workspace
+
+        features = FeatureStore(Workspace(workspace).find_store(store))
+        plans = []
+        for fold in numbers(folds, "--folds"):
+            trained = TrainConfig(workspace=workspace, fold=fold, seed=seed, train_batches=train_batches)
+            plans.append(training_plan(trained))
+            for n in numbers(ways, "--ways"):
+                for k in numbers(shots, "--shots"):
+                    tested = EvaluateConfig(
+                        workspace=workspace, fold=fold, ways=n, shots=k, prompt=prompt, episodes=count
+                    )
+                    plans += [evaluation_plan(tested, s) for s in range(seeds)]
+        table = Table("fold", "for", "classes", "ways", "shots", "seed", "episodes", "drawn", "skipped", "digest")
+        reasons: dict[str, str] = {}
+        with progress_bar() as bar:
+            task = bar.add_task("episode sets", total=len(plans))
+            for plan in plans:
+                manifest = ensure_episodes(plan, features, workers).manifest
+                names = features.dataset(plan.split).categories
+                for category, reason in manifest["classes_skipped"].items():
+                    where = f"fold {plan.fold} {plan.split} {plan.classes}"
+                    reasons[f"{where}: {names[int(category)]}"] = reason
+                mixed = plan.prompt is None
+                table.add_row(
+                    str(plan.fold),
+                    "training" if mixed else "testing",
+                    plan.classes,
+                    "mixed" if mixed else str(plan.batches[0][1]),
+                    "mixed" if mixed else str(plan.batches[0][2]),
+                    str(plan.seed),
+                    str(manifest["episodes"]),
+                    str(len(manifest["classes_drawn"])),
+                    str(len(manifest["classes_skipped"])),
+                    manifest["digest"][:8],
+                )
+                bar.advance(task)
+        console.print(table)
+        if reasons:
+            console.print(f"{len(reasons)} classes skipped for want of images that show at least 32x32 px of them:")
+            for where, reason in reasons.items():
+                console.print(f"  {where}: {reason}", highlight=False)
+
+
+@app.command()
+def train(
+    fold: FoldOption = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Optimisation steps.")] = 2000,
+    epochs: Annotated[
+        float | None, typer.Option(help="Instead of --steps; one epoch is as many episodes as training photos.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop at the first checkpoint after this long.")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate after warm-up.")] = LR,
+    batch_scale: BatchScaleOption = 1.0,
+    val_every: Annotated[int, typer.Option(min=1, help="Steps between validations on seen classes.")] = 250,
+    preset: Annotated[str, typer.Option(help="paper (1.4 M parameters) or debug (tiny).")] = "paper",
+    dim: Annotated[int | None, typer.Option(help="D, channels after the neck; default the preset's.")] = None,
+    token_pool: Annotated[bool, typer.Option(help="The token pool.")] = True,
+    mixer: Annotated[bool, typer.Option(help="The class-example mixer.")] = True,
+    spatial_convs: Annotated[bool, typer.Option(help="The decoder's spatial convolutions.")] = True,
+    class_weights: Annotated[bool, typer.Option(help="Class weights in the focal loss.")] = True,
+    val_episodes: Annotated[
+        int, typer.Option(min=1, help="Episodes of seen classes that choose the checkpoint.")
+    ] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of weights and training episodes.")] = 0,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Train LA on the 60 seen classes of a fold. Killed and started again, it goes on from the last checkpoint."""
+    with mistakes():
+        from pipelines.config import TrainConfig
+        from pipelines.tracking import log_training
+        from pipelines.training import steps_of_epochs
+        from pipelines.training import train as run
+
+        config = TrainConfig(
+            workspace=workspace.absolute(),
+            store=store,
+            fold=fold,
+            workers=workers,
+            steps=steps,
+            minutes=minutes,
+            lr=lr,
+            batches=scaled_batches(batch_scale),
+            val_every=val_every,
+            preset=preset,
+            dim=dim,
+            token_pool=token_pool,
+            class_example_mixer=mixer,
+            spatial_convs=spatial_convs,
+            class_weights=class_weights,
+            val_episodes=val_episodes,
+            seed=seed,
+            device=device,
+            threads=threads,
+        )
+        if epochs is not None:
+            config = config.model_copy(update={"steps": steps_of_epochs(config, epochs)})
+        with progress_bar("numbers") as bar:
+            task = bar.add_task(f"fold {fold}", total=config.steps, numbers="starting")
+            seen = ""
+
+            def show(report: dict) -> None:
+                nonlocal seen
+                seen = f", seen mIoU {report['seen_miou']:.1f}" if "seen_miou" in report else seen
+                numbers = f"loss {report['loss']:.3f}{seen}, {report['episodes_per_s']:.1f} episodes/s"
+                bar.update(task, completed=report["step"], numbers=numbers)
+                if "seen_miou" in report:
+                    spent = f"{report['seconds'] / 60:.1f} minutes"
+                    bar.console.print(f"step {report['step']}: {numbers}, {spent}", highlight=False)
+
+            result = run(config, show)
+            bar.update(task, completed=result.step)
+        log_training(config, result)
+        console.print(
+            f"step {result.step}: best mIoU on seen classes {result.metrics['seen_miou']:.1f}, "
+            f"{result.metrics['train_seconds'] / 60:.1f} minutes"
+        )
+        console.print(f"checkpoint: {result.checkpoint}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    fold: FoldOption = 0,
+    method: Annotated[str, typer.Option(help="la or prototype (masked average pooling and cosine).")] = "la",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A run's folder or checkpoint; default: the fold's last finished training.")
+    ] = None,
+    ways: WaysOption = 1,
+    shots: ShotsOption = 1,
+    prompt: PromptOption = "mask",
+    seeds: SeedsOption = 5,
+    count: EpisodesOption = 1000,
+    classes: Annotated[Literal["unseen", "seen"], typer.Option(help="Which classes of the fold.")] = "unseen",
+    split: Annotated[Literal["val", "train"], typer.Option(help="Which photos.")] = "val",
+    batch_size: Annotated[int, typer.Option(min=1, help="Episodes at once.")] = 8,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the first episode of each seed: supports, query, truth, prediction.")
+    ] = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """mIoU over the fold's classes, several seeds with mean and standard deviation, and each class's IoU."""
+    with mistakes():
+        from pipelines.config import EvaluateConfig
+        from pipelines.evaluate import evaluate as run
+        from pipelines.tracking import log_evaluation
+
+        config = EvaluateConfig(
+            workspace=workspace.absolute(),
+            store=store,
+            method=method,
+            checkpoint=checkpoint,
+            fold=fold,
+            ways=ways,
+            shots=shots,
+            prompt=prompt,
+            seeds=seeds,
+            episodes=count,
+            classes=classes,
+            split=split,
+            batch_size=batch_size,
+            device=device,
+            threads=threads,
+        )
+        with progress_bar() as bar:
+            task = bar.add_task(f"fold {fold} {method}", total=None)
+            result = run(config, lambda done, total: bar.update(task, completed=done, total=total))
+        log_evaluation(config, result)
+        table = Table("class", "IoU", "episodes", title=f"{result.method}, fold {fold}, {classes} classes of {split}")
+        for name, iou in sorted(result.per_class.items(), key=lambda item: -item[1]):
+            table.add_row(name, f"{iou:.1f}", str(result.episodes_per_class[name]))
+        console.print(table)
+        for name, reason in result.classes_skipped.items():
+            console.print(f"  not drawn: {name} ({reason})", highlight=False)
+        console.print(
+            f"{ways}-way {shots}-shot, {prompt} prompts: mIoU {result.miou:.2f} +- {result.std:.2f} over "
+            f"{seeds} seeds x {count} episodes, {result.classes_drawn} classes (episodes {result.episodes_digest})"
+        )
+        if picture:
+            from pipelines.figures import draw_first_episodes
+
+            draw_first_episodes(picture, [(config, s) for s in range(seeds)])
+            console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="Port on localhost.")] = 5000,
+    host: Annotated[str, typer.Option(help="Address to listen at; only this machine by default.")] = "127.0.0.1",
+    workspace: WorkspaceOption = WORKSPACE,
+) -> None:
+    """Open the MLflow UI on this workspace."""
+    with mistakes():
+        from pipelines.tracking import serve_ui
+        from pipelines.workspace import Workspace
+
+        serve_ui(Workspace(workspace), host, port)
+
+
+@app.command()
+def model(
+    preset: Annotated[str, typer.Option(help="paper or debug.")] = "paper",
+    channels: Annotated[int, typer.Option(help="Channels of the backbone; 768 for ViT-B.")] = 768,
+) -> None:
+    """Print the learnable parameters of a preset, part by part."""
+    with mistakes():
+        from la.model import PRESETS, LabelAnything, ModelConfig
+
+        if preset not in PRESETS:
+            raise InputError(f"--preset {preset} is unknown. Choose one of {', '.join(PRESETS)}.")
+        parts = LabelAnything(ModelConfig(channels=channels, dim=PRESETS[preset])).parameter_table()
+        table = Table("part", "parameters", title=f"{preset}, {channels} backbone channels")
+        for name, size in parts.items():
+            table.add_row(name, f"{size:,}")
+        table.add_section()
+        table.add_row("all", f"{sum(parts.values()):,}")
+        console.print(table)
+
+
+@sweep_app.command()
+def ablations(
+    folds: FoldsOption = "0",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each variant.")] = 2000,
+    minutes: Annotated[float | None, typer.Option(help="Stop each training after this long.")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate after warm-up.")] = LR,
+    batch_scale: BatchScaleOption = 1.0,
+    variants: Annotated[str | None, typer.Option(help="Such as complete,no_mixer; default: all.")] = None,
+    seeds: SeedsOption = 5,
+    count: EpisodesOption = 1000,
+    shots: Annotated[str, typer.Option(help="Shots of the evaluations, such as 1,5.")] = "1",
+    concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Trials at once; default: as many as CPUs and GPUs take.")
+    ] = None,
+    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of each trial; a fraction shares one.")] = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+    device: DeviceOption = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each trial.")] = 1,
+    tracking_uri: Annotated[str | None, typer.Option(help="An MLflow server; default: the workspace's own.")] = None,
+) -> None:
+    """Tables 5 and 6 of the paper: LA without each of its parts, and by kind of prompt, beside the paper's numbers.
+
+    Each variant is trained on each fold and evaluated 1-way and 2-way on unseen classes with every kind of prompt.
+    Killed and started again, it goes on where it was; a variant that fails does not lose the others.
+    """
+    with mistakes():
+        from pipelines.config import SweepConfig
+        from sweeps.runner import run_sweep
+
+        config = SweepConfig(
+            workspace=workspace.absolute(),
+            store=store,
+            folds=numbers(folds, "--folds"),
+            variants=variants.split(",") if variants else None,
+            train={"steps": steps, "minutes": minutes, "lr": lr, "batches": scaled_batches(batch_scale)},
+            shots=numbers(shots, "--shots"),
+            seeds=seeds,
+            episodes=count,
+            concurrent=concurrent,
+            gpus=gpus,
+            device=device,
+            threads=threads,
+            tracking_uri=tracking_uri,
+        )
+        finish_sweep(run_sweep(config, console))
+
+
+def finish_sweep(result) -> None:
+    """Print a sweep's tables and where they lie; exit code 1 where a trial failed."""
+    for table in result.tables:
+        console.print(table.rich())
+    for trial, reason in result.failed.items():
+        console.print(f"failed: {trial}: {reason.strip().splitlines()[-1]}", style="red", markup=False)
+    console.print(f"tables: {result.folder}", highlight=False, soft_wrap=True)
+    console.print(f"compare the runs: python cli.py ui --workspace {result.config.workspace}", soft_wrap=True)
+    if result.failed or result.interrupted:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    workspace: Annotated[Path, typer.Option("--workspace", help="Folder of everything the demo makes.")] = Path(
+        "demo-workspace"
+    ),
+    smallest: Annotated[
+        bool, typer.Option("--smallest", help="Run the line in a minute; its scores say nothing.")
+    ] = False,
+) -> None:
+    """The whole line on scenes drawn on the spot, without a download: about 6 minutes on 2 cores."""
+    with mistakes():
+        from sweeps.demo import SMALLEST, run_demo
+
+        result, picture = run_demo(workspace.absolute(), console, SMALLEST if smallest else None)
+        console.rule("done")
+        console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+        finish_sweep(result)
+
+
+@bench_app.command("featurize")
+def bench_featurize(
+    coco_dir: CocoOption,
+    backbone: BackboneOption = "vit_base_patch16_224.mae",
+    weights: WeightsOption = None,
+    image_size: SizeOption = 480,
+    images: Annotated[int, typer.Option(min=8, help="Photos of each pass.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of passes; the median counts.")] = 3,
+) -> None:
+    """The whole of featurizing against calling the bare backbone on decoded photos."""
+    with mistakes():
+        from pipelines.bench import bench_featurize as run
+
+        show_bench(run(coco_dir, backbone, weights, image_size, images=images, repeats=repeats))
+
+
+@bench_app.command("store")
+def bench_store(
+    images: Annotated[int, typer.Option(min=8, help="Photos of each pass.")] = 300,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of passes; the median counts.")] = 5,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+) -> None:
+    """Reading a photo's features at random against copying them from a raw memory map."""
+    with mistakes():
+        from pipelines.bench import bench_store as run
+        from pipelines.workspace import Workspace
+
+        show_bench(run(Workspace(workspace).find_store(store), images=images, repeats=repeats))
+
+
+@bench_app.command("episodes")
+def bench_episodes(
+    fold: FoldOption = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Passes; the median counts.")] = 5,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+) -> None:
+    """Episodes drawn a second on one core, training (the mix of B, N, K) and testing."""
+    with mistakes():
+        from pipelines.bench import bench_episodes as run
+        from pipelines.workspace import Workspace
+
+        show_bench(run(Workspace(workspace).find_store(store), fold, repeats=repeats))
+
+
+def show_bench(result) -> None:
+    """Print a measurement; exit code 1 where it misses its bar."""
+    console.print(str(result), highlight=False, markup=False)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def scaled_batches(scale: float) -> tuple[tuple[int, int, int], ...]:
+    from pipelines.config import PAPER_BATCHES
+
+    return tuple((max(1, round(scale * b)), n, k) for b, n, k in PAPER_BATCHES)
+
+
+def numbers(text: str, flag: str) -> list[int]:
+    """ "0,1,3" as integers; raises InputError naming the flag."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{flag} is {text!r}; expected whole numbers such as 0,1,2.") from error
+
+
+if __name__ == "__main__":
+    app(prog_name=Path(sys.argv[0]).name)

@@ -1,0 +1,78 @@
+"""The whole line on scenes drawn on the spot: featurize, episodes, the ablation sweep, tables and a picture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from pipelines.config import EvaluateConfig, FeaturizeConfig, SweepConfig, TrainConfig
+from pipelines.demo.scenes import draw_scenes
+from pipelines.episodes import ensure_episodes, training_plan
+from pipelines.featurize import featurize
+from pipelines.figures import draw_first_episodes
+from pipelines.store import FeatureStore
+from pipelines.workspace import Workspace
+from sweeps.runner import SweepResult, run_sweep
+
+BACKBONE, IMAGE_SIZE = "vit_demo_patch8_128", 128
+WEIGHTS = Path(__file__).parents[1] / "pipelines" / "demo" / "vit_demo.safetensors"
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much the demo does."""
+
+    train_images: int = 400
+    val_images: int = 160
+    dim: int = 128  # D of the heads, half of the paper's
+    steps: int = 500
+    batches: tuple[tuple[int, int, int], ...] = ((2, 1, 4), (1, 4, 2), (4, 1, 2), (2, 2, 2), (2, 4, 1), (8, 1, 1))
+    train_batches: int = 1200
+    lr: float = 1e-3
+    val_episodes: int = 50
+    seeds: int = 2
+    episodes: int = 100
+
+    @property
+    def train(self) -> dict:
+        """Fields of TrainConfig."""
+        names = ("dim", "steps", "batches", "train_batches", "lr", "val_episodes")
+        return {name: getattr(self, name) for name in names} | {"warmup_steps": 50, "val_every": 100}
+
+
+SMALLEST = DemoSize(80, 48, 32, 20, ((2, 1, 1), (2, 2, 1)), 20, 1e-3, 5, 1, 5)  # for tests of the line, not its result
+
+
+def run_demo(root: Path, console: Console, size: DemoSize | None = None) -> tuple[SweepResult, Path]:
+    """Run every stage in `root`, or what is missing of it; returns the sweep and the picture."""
+    size = size or DemoSize()
+    workspace = Workspace(root)
+    say = console.rule
+    say("1. draw scenes: 80 classes, 10 shapes x 8 textures")
+    scenes = draw_scenes(workspace.root / "scenes", train_images=size.train_images, val_images=size.val_images)
+    say("2. featurize: a frozen ViT sees every scene once")
+    made = featurize(
+        FeaturizeConfig(
+            workspace=workspace.root, coco_dir=scenes, backbone=BACKBONE, weights=WEIGHTS, image_size=IMAGE_SIZE
+        ),
+        console,
+    )
+    say("3. episodes: fold 0, 20 classes stay unseen")
+    store = FeatureStore(made.store)
+    train = TrainConfig(workspace=workspace.root, store=store.key, **size.train)
+    shards = ensure_episodes(training_plan(train), store)
+    console.print(f"{shards.manifest['episodes']} training episodes of {len(shards.manifest['classes_drawn'])} classes")
+    say("4. sweep: four variants of the heads and the training-free prototype, in parallel on Ray")
+    sweep = SweepConfig(
+        workspace=workspace.root, store=store.key, train=size.train, seeds=size.seeds, episodes=size.episodes
+    )
+    result = run_sweep(sweep, console)
+    la = EvaluateConfig(
+        workspace=workspace.root,
+        store=store.key,
+        checkpoint=result.results["complete/fold0"].checkpoint,
+        episodes=size.episodes,
+    )
+    tasks = ((1, "mask"), (1, "box"), (1, "point"), (2, "point_box"))
+    shown = [(la.model_copy(update={"ways": n, "prompt": p}), seed) for seed, (n, p) in enumerate(tasks)]
+    return result, draw_first_episodes(workspace.artifacts / "demo-episodes.png", shown)

@@ -1,0 +1,115 @@
+"""From a sweep's settings to its trials: pure but for looking up the feature store."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from la.errors import InputError
+from pipelines.config import EvaluateConfig, SweepConfig, TrainConfig
+from pipelines.store import FeatureStore
+from pipelines.workspace import Workspace, digest
+from sweeps.ablations import STUDIES, Variant
+from sweeps.trial import Job
+
+# The sweep sets these itself, or they have no meaning inside a single-worker trial.
+SET_BY_SWEEP = {"workspace", "store", "fold", "device", "threads", "workers"}
+NOT_IN_DIGEST = {"workspace", "concurrent", "threads", "gpus", "device", "tracking_uri"}  # they change no result
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep's name, which digests all that changes a result, its folder and its trials, variants first."""
+
+    name: str
+    folder: Path
+    store: FeatureStore
+    variants: tuple[Variant, ...]
+    jobs: tuple[Job, ...]
+
+
+def plan_sweep(config: SweepConfig) -> SweepPlan:
+    """Raises InputError for an empty workspace, unknown variants or training settings, and folds outside 0-3."""
+    workspace = Workspace(config.workspace)
+    store = FeatureStore(workspace.find_store(config.store))
+    config = config.model_copy(update={"workspace": workspace.root, "store": store.key})
+    variants = _choose(config)
+    for fold in config.folds:
+        if fold not in range(4):
+            raise InputError(f"--folds holds {fold}; COCO-20i has the folds 0, 1, 2 and 3.")
+    for field in ("folds", "ways", "shots", "prompts"):
+        values = getattr(config, field)
+        if len(set(values)) < len(values):
+            raise InputError(f"--{field} names a value twice: {', '.join(map(str, values))}. Name each once.")
+    name = f"{config.study}-{digest(config.model_dump(mode='json', exclude=NOT_IN_DIGEST), 8)}"
+    folder = workspace.runs / "sweeps" / name
+    jobs = tuple(_job(config, variant, fold, folder) for variant in variants for fold in config.folds)
+    return SweepPlan(name, folder, store, variants, jobs)
+
+
+def _choose(config: SweepConfig) -> tuple[Variant, ...]:
+    variants = {variant.name: variant for variant in STUDIES[config.study]()}
+    wanted = dict.fromkeys(config.variants if config.variants is not None else variants)
+    unknown = [name for name in wanted if name not in variants]
+    if unknown or not wanted:
+        raise InputError(
+            f"--variants {', '.join(unknown) or 'is empty'}: not in the study {config.study}. "
+            f"Choose from {', '.join(variants)}."
+        )
+    return tuple(variants[name] for name in wanted)
+
+
+def _job(config: SweepConfig, variant: Variant, fold: int, folder: Path) -> Job:
+    place = {"workspace": config.workspace, "store": config.store, "device": config.device, "threads": config.threads}
+    evaluations = tuple(
+        EvaluateConfig(
+            **place,
+            method=variant.method,
+            fold=fold,
+            ways=ways,
+            shots=shots,
+            prompt=prompt,
+            seeds=config.seeds,
+            episodes=config.episodes,
+        )
+        for ways in config.ways
+        for shots in config.shots
+        for prompt in config.prompts
+    )
+    train = _train_config(config, variant, fold, place)
+    return Job(variant, train if variant.trained else None, evaluations, folder / f"{variant.name}-fold{fold}.json")
+
+
+def _train_config(config: SweepConfig, variant: Variant, fold: int, place: dict) -> TrainConfig:
+    for field in config.train:
+        reserved = field in SET_BY_SWEEP or field in variant.overrides
+        if reserved or field not in TrainConfig.model_fields:
+            reason = f"set by the sweep ({variant.name})" if reserved else "no setting of training"
+            choices = sorted(set(TrainConfig.model_fields) - SET_BY_SWEEP)
+            raise InputError(f"Training setting {field!r} is {reason}. Choose from {', '.join(choices)}.")
+    try:
+        return TrainConfig(**place, **config.train, **variant.overrides, fold=fold)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise InputError(f"Training setting {field!r} is {first['input']!r}: {first['msg']}.") from error
+
+
+@contextmanager
+def only_driver(folder: Path) -> Iterator[None]:
+    """Hold the sweep for this process; the system lets go of it when the process dies, however it dies.
+
+    Raises InputError where another process runs the same sweep.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"{folder} is in use: the same sweep is already running. Wait for it, or change a setting."
+            ) from error
+        yield

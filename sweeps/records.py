@@ -1,0 +1,144 @@
+"""A sweep in MLflow: one run for the sweep, one for each variant, one for each fold of it; all of them get closed."""
+
+import logging
+import statistics
+from collections.abc import Callable
+
+from pipelines.config import SweepConfig
+from pipelines.identity import fold_params, git_sha, metric_key
+from pipelines.tracking import Run, Tracker, TrackingError, final_metrics, read_curve
+from sweeps.plan import SweepPlan
+from sweeps.tables import Table
+from sweeps.trial import FoldResult, Job, last_line
+
+logger = logging.getLogger(__name__)
+
+
+class SweepRuns:
+    """Listens to a sweep and logs it from the driver.
+
+    While trials run, a tracker that fails costs a warning and no trial: `close` logs from the result files whatever is
+    missing, and raises TrackingError if the tracker fails still.
+    """
+
+    def __init__(self, tracker: Tracker, plan: SweepPlan, config: SweepConfig):
+        self._tracker, self._plan, self._study = tracker, plan, config.study
+        self._live: dict[str, Run] = {}
+        self._failed: dict[str, str] = {}
+        self._warned = False
+        settings = config.model_dump(mode="json", exclude={"workspace", "train", "tracking_uri"}) | config.train
+        settings |= {"store": plan.store.key, "backbone": plan.store.info.backbone, "git_sha": git_sha()}
+        self._sweep = tracker.open(self._study, plan.name, plan.name, "sweep", settings)
+        self._variants = {v.name: self._open_variant(v.name) for v in plan.variants}
+
+    def started(self, job: Job) -> None:
+        self._tolerate(self._open, job)
+
+    def reported(self, job: Job, metrics: dict) -> None:
+        if metrics.get("phase") == "train" and job.name in self._live:
+            point = {key: value for key, value in metrics.items() if key != "phase"}
+            self._tolerate(self._live[job.name].curve, [point])
+
+    def finished(self, job: Job, result: FoldResult) -> None:
+        self._tolerate(self._log_finished, job, result)
+
+    def failed(self, job: Job, reason: str) -> None:
+        self._failed[job.name] = reason
+        self._tolerate(self._log_failed, job)
+
+    def close(self, results: dict[str, FoldResult], tables: list[Table]) -> None:
+        """Log what is missing, sum up over folds, end every run: KILLED where it neither finished nor failed."""
+        outcome = {job.name: self._close_fold(job, results.get(job.name)) for job in self._plan.jobs}
+        for name, run in self._variants.items():
+            jobs = [job for job in self._plan.jobs if job.variant.name == name]
+            run.metrics(over_folds([fold_metrics(results[j.name]) for j in jobs if j.name in results]))
+            self._end(run, [job for job in jobs if outcome[job.name] != "FINISHED"], outcome)
+        for table in tables:
+            self._sweep.text(table.csv(), f"{table.name}.csv")
+            self._sweep.text(table.text(), f"{table.name}.txt")
+        self._end(self._sweep, [job for job in self._plan.jobs if outcome[job.name] != "FINISHED"], outcome)
+
+    def abort(self) -> None:
+        """End whatever is open as KILLED, after an error of the driver itself."""
+        for run in [*self._live.values(), *self._variants.values(), self._sweep]:
+            if run.status == "RUNNING":
+                self._tolerate(run.close, "KILLED")
+
+    def _end(self, run: Run, unfinished: list[Job], outcome: dict[str, str]) -> None:
+        failed = [job.name for job in unfinished if outcome[job.name] == "FAILED"]
+        if failed:
+            run.close("FAILED", "\n".join(f"{name} failed: {last_line(self._failed[name])}" for name in failed))
+        else:
+            run.close("KILLED" if unfinished else "FINISHED")
+
+    def _open_variant(self, name: str) -> Run:
+        jobs = [job for job in self._plan.jobs if job.variant.name == name]
+        params = fold_params(self._plan.store, name, jobs[0].train, [c for job in jobs for c in job.evaluations])
+        return self._tracker.open(self._study, f"{self._plan.name}/{name}", name, "trial", params, self._sweep)
+
+    def _key(self, job: Job) -> str:
+        return f"{self._plan.name}/{job.name}"
+
+    def _open(self, job: Job) -> Run:
+        if job.name not in self._live:
+            params = fold_params(self._plan.store, job.variant.name, job.train, job.evaluations)
+            parent = self._variants[job.variant.name]
+            self._live[job.name] = self._tracker.open(self._study, self._key(job), job.name, "fold", params, parent)
+        return self._live[job.name]
+
+    def _log_finished(self, job: Job, result: FoldResult) -> None:
+        run = self._open(job)
+        run.params({"episodes_digest": result.episodes_digest, "classes_drawn": _classes_drawn(result)})
+        run.curve(read_curve(result.run_dir))
+        run.metrics(fold_metrics(result))
+        run.text(job.file.read_text(), job.file.name)
+        run.close()
+
+    def _log_failed(self, job: Job) -> None:
+        self._open(job).close("FAILED", self._failed[job.name])
+
+    def _close_fold(self, job: Job, result: FoldResult | None) -> str:
+        run = self._live.get(job.name) or self._tracker.find(self._study, self._key(job))
+        if result:
+            if run is None or run.status != "FINISHED":
+                self._log_finished(job, result)
+            return "FINISHED"
+        if job.name in self._failed:
+            if run is None or run.status != "FAILED":
+                self._log_failed(job)
+            return "FAILED"
+        if run is not None and run.status == "RUNNING":
+            run.close("KILLED")
+        return "KILLED"
+
+    def _tolerate(self, log: Callable, *arguments: object) -> None:
+        try:
+            log(*arguments)
+        except (TrackingError, OSError) as error:
+            if not self._warned:
+                logger.warning("MLflow did not take a record (%s); the sweep goes on and logs it at its end.", error)
+            self._warned = True
+
+
+def fold_metrics(result: FoldResult) -> dict[str, float]:
+    """The metrics of one fold's run; the evaluation's keys are the same for every variant."""
+    metrics = {"seconds": result.seconds} | final_metrics(result.step, result.training)
+    for score in result.scores:
+        task = (score.ways, score.shots, score.prompt)
+        metrics |= {metric_key(*task): score.miou, metric_key(*task, "std_seeds"): score.std}
+    return metrics
+
+
+def over_folds(folds: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric under its own name and, from two folds on, its sample deviation as `std_folds_<name>`."""
+    summary = {}
+    for key in dict.fromkeys(key for metrics in folds for key in metrics):
+        values = [metrics[key] for metrics in folds if key in metrics]
+        summary[key] = statistics.fmean(values)
+        if len(values) > 1 and not key.startswith("std_"):
+            summary[f"std_folds_{key}"] = statistics.stdev(values)
+    return summary
+
+
+def _classes_drawn(result: FoldResult) -> str:
+    return ",".join(dict.fromkeys(str(score.classes_drawn) for score in result.scores))

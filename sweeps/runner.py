@@ -1,0 +1,203 @@
+"""Runs a study: every variant on every fold as a Ray Tune trial, each result a file, everything in MLflow.
+
+The result files are the sweep's state. A sweep that was killed and is started again with the same settings reads them,
+skips what is finished, and lets training go on from its own checkpoints; one whose settings differ is another sweep.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+# Read by Tune: its own tables would fight with ours, and its CSV, JSON and TensorBoard files repeat MLflow.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from ray import tune
+from rich.console import Console
+
+from la.errors import InputError
+from pipelines.cluster import ray_session
+from pipelines.config import SweepConfig
+from pipelines.tracking import Tracker
+from pipelines.workspace import Workspace
+from sweeps.ablations import Variant
+from sweeps.display import SweepDisplay
+from sweeps.plan import only_driver, plan_sweep
+from sweeps.records import SweepRuns
+from sweeps.tables import Table, ablation_tables
+from sweeps.trial import FoldResult, Job, Report, describe_error, read_result, run_trial
+
+Trainable = Callable[[Job, Report], FoldResult]
+WORKER_DIED = "the trial's process died without an error: killed, most likely for lack of memory (--concurrent 1?)"
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """How a sweep ended; trials are named `variant/foldN`."""
+
+    config: SweepConfig
+    name: str
+    folder: Path  # result files and tables
+    variants: tuple[Variant, ...]
+    results: dict[str, FoldResult]  # finished trials
+    failed: dict[str, str]  # trial -> error, its last line the message
+    interrupted: bool  # stopped by Ctrl-C before every trial ended
+
+    @property
+    def tables(self) -> list[Table]:
+        return ablation_tables(self)
+
+
+class Listener(Protocol):
+    """What the driver tells, in its own process, while trials run."""
+
+    def started(self, job: Job) -> None: ...
+    def reported(self, job: Job, metrics: dict) -> None: ...
+    def finished(self, job: Job, result: FoldResult) -> None: ...
+    def failed(self, job: Job, reason: str) -> None: ...
+
+
+def run_sweep(config: SweepConfig, console: Console | None = None, trainable: Trainable = run_trial) -> SweepResult:
+    """Run what is not finished, log to MLflow, write the tables as CSV; progress goes to `console`.
+
+    A trial that fails is in `failed` and costs no other; the next start tries it again. Ctrl-C ends the sweep with what
+    it has. Uses the running Ray, the cluster of RAY_ADDRESS, or starts one here; on several machines the workspace and
+    the checkout have to lie on storage they share. `trainable` runs in a worker and has to write `job.file`.
+
+    Raises InputError for settings that cannot be met and for a sweep that runs already.
+    """
+    plan = plan_sweep(config)
+    with only_driver(plan.folder):
+        results = {job.name: result for job in plan.jobs if (result := _finished(job))}
+        todo = [job for job in plan.jobs if job.name not in results]
+        failed: dict[str, str] = {}
+        runs = SweepRuns(Tracker(Workspace(config.workspace), config.tracking_uri), plan, config)
+        try:
+            if todo:
+                with SweepDisplay(console, len(plan.jobs), len(results)) as display:
+                    failed = _run_trials(config, plan.folder, todo, trainable, [runs, display])
+            results = {job.name: result for job in plan.jobs if (result := _finished(job))}
+            interrupted = any(job.name not in results and job.name not in failed for job in plan.jobs)
+            outcome = SweepResult(config, plan.name, plan.folder, plan.variants, results, failed, interrupted)
+            for table in outcome.tables:
+                (plan.folder / f"{table.name}.csv").write_text(table.csv())
+            runs.close(results, outcome.tables)
+            return outcome
+        except BaseException:
+            runs.abort()
+            raise
+
+
+def _finished(job: Job) -> FoldResult | None:
+    result = read_result(job.file)
+    return result if result and result.finished else None
+
+
+def _run_trials(
+    config: SweepConfig, folder: Path, jobs: Sequence[Job], trainable: Trainable, listeners: Sequence[Listener]
+) -> dict[str, str]:
+    """Run `jobs` with Tune; returns the errors of those that failed."""
+    by_name = {job.name: job for job in jobs}
+
+    def trial(settings: dict) -> None:
+        try:
+            # In a dict of its own: Tune reads meaning into some keys, a `done` that is true ends the trial.
+            trainable(by_name[settings["trial"]], lambda metrics: tune.report({"report": metrics}))
+        except Exception as error:
+            # Reported, since Tune tells its callbacks that a trial failed but not why; raised, since a process whose
+            # GPU context broke must not be used for the next trial.
+            tune.report({"error": describe_error(error)})
+            raise
+
+    relay = _Relay(by_name, listeners)
+    # Of an earlier start: Tune's own state, which nothing here reads back.
+    shutil.rmtree(folder / "tune", ignore_errors=True)
+    with ray_session():
+        resources, concurrent = _resources(config)
+        tuner = tune.Tuner(
+            tune.with_resources(trial, resources),
+            param_space={"trial": tune.grid_search(list(by_name))},
+            # A worker that stays saves each further trial the start of a process and the import of torch.
+            tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=True),
+            run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0, callbacks=[relay]),
+        )
+        with _quiet("execution.tune_controller", "tune", "analysis.experiment_analysis"):
+            tuner.fit()
+    return relay.errors
+
+
+class _Relay(tune.Callback):
+    """Tells the listeners what happens to the trials."""
+
+    def __init__(self, jobs: dict[str, Job], listeners: Sequence[Listener]):
+        self._jobs, self._listeners = jobs, listeners
+        self.errors: dict[str, str] = {}
+
+    def __getstate__(self) -> dict:
+        # Tune pickles its callbacks for Tuner.restore, which is not used here; consoles and databases cannot be.
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list, trial: object, **info: object) -> None:
+        self._tell("started", trial)
+
+    def on_trial_result(self, iteration: int, trials: list, trial: object, result: dict, **info: object) -> None:
+        if "error" in result:
+            self.errors[trial.config["trial"]] = result["error"]
+        elif "report" in result:
+            self._tell("reported", trial, result["report"])
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: object, **info: object) -> None:
+        result = _finished(self._jobs[trial.config["trial"]])
+        if result:
+            self._tell("finished", trial, result)
+        else:
+            self.errors[trial.config["trial"]] = "the trial ended without a result file"
+            self._tell("failed", trial, self.errors[trial.config["trial"]])
+
+    def on_trial_error(self, iteration: int, trials: list, trial: object, **info: object) -> None:
+        self._tell("failed", trial, self.errors.setdefault(trial.config["trial"], WORKER_DIED))
+
+    def _tell(self, event: str, trial: object, *arguments: object) -> None:
+        for listener in self._listeners:
+            getattr(listener, event)(self._jobs[trial.config["trial"]], *arguments)
+
+
+def _resources(config: SweepConfig) -> tuple[dict[str, float], int]:
+    """What one trial takes, and how many run at once."""
+    cluster = ray.cluster_resources()
+    cpus, gpus = cluster.get("CPU", 0), cluster.get("GPU", 0)
+    each = config.gpus if config.gpus is not None else float(gpus > 0 and config.device != "cpu")
+    if config.threads > cpus:
+        raise InputError(f"--threads {config.threads}: Ray has {cpus:.0f} CPUs. Pass at most that many.")
+    if each > gpus:
+        raise InputError(f"--gpus {each:g}: Ray has {gpus:g} GPUs. Pass at most that many, or 0 for the CPU.")
+    if config.device.startswith("cuda") and not each:
+        raise InputError("--device cuda with no GPU for a trial: pass --gpus, of which a fraction shares one.")
+    fit = int(cpus // config.threads)
+    if each:
+        fit = min(fit, int(gpus / each))
+    return {"cpu": config.threads, "gpu": each}, min(config.concurrent or fit, fit)
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Keep Tune from printing each failed trial's traceback: the reason goes to MLflow and the tables."""
+    loggers = [logging.getLogger(f"ray.tune.{name}") for name in names]
+
+    def answers_ctrl_c(record: logging.LogRecord) -> bool:
+        return record.getMessage().startswith("Stop signal received")
+
+    for log in loggers:
+        log.addFilter(answers_ctrl_c)
+    try:
+        yield
+    finally:
+        for log in loggers:
+            log.removeFilter(answers_ctrl_c)

@@ -1,0 +1,167 @@
+"""One trial of a sweep, one variant on one fold: train, evaluate, and leave one JSON file that says how it ended.
+
+Imported by the sweep's workers, so nothing here loads MLflow or Ray.
+"""
+
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ConfigDict, Field
+
+from la.errors import InputError
+from pipelines.config import EvaluateConfig, Prompt, Settings, TrainConfig
+from pipelines.workspace import digest
+from sweeps.ablations import Variant
+
+Report = Callable[[dict], None]
+REPORT_SECONDS = 1.0  # between reports of an evaluation
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one trial has to do."""
+
+    variant: Variant
+    train: TrainConfig | None  # None for a method without training
+    evaluations: tuple[EvaluateConfig, ...]  # of `la`: without the checkpoint, which training gives
+    file: Path  # where the result goes
+
+    @property
+    def fold(self) -> int:
+        return self.evaluations[0].fold
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}/fold{self.fold}"
+
+
+class Score(Settings):
+    """One evaluation: mIoU in percent, mean and standard deviation over its seeds, and on which episodes."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # else a class without pixels would not be read back
+
+    ways: int
+    shots: int
+    prompt: Prompt
+    miou: float
+    std: float
+    per_seed: list[float]
+    per_class: dict[str, float]
+    episodes_digest: str
+    classes_drawn: int
+
+
+class FoldResult(Settings):
+    """The JSON file of a trial. It is written after every evaluation, so that a killed trial repeats at most one."""
+
+    variant: str
+    fold: int
+    finished: bool = False
+    step: int = 0  # training steps done
+    run_dir: Path | None = None  # of the training run
+    checkpoint: Path | None = None
+    training: dict[str, float] = Field(default_factory=dict)
+    scores: tuple[Score, ...] = ()
+    seconds: float = 0.0
+
+    def score(self, ways: int, shots: int, prompt: str) -> Score | None:
+        return next((s for s in self.scores if (s.ways, s.shots, s.prompt) == (ways, shots, prompt)), None)
+
+    @property
+    def episodes_digest(self) -> str:
+        """Of all evaluations together: equal for every variant that was judged on the same episodes."""
+        return digest([s.episodes_digest for s in self.scores])
+
+
+def run_trial(job: Job, report: Report, train: Callable | None = None, evaluate: Callable | None = None) -> FoldResult:
+    """Train (or go on, or find it finished), evaluate what is not evaluated yet, write `job.file` whole each time.
+
+    `report` gets {"phase": "train", **training's reports} and {"phase": "evaluate", "done": episodes, "of": episodes}.
+    `train` and `evaluate` default to the pipelines'; errors of either pass through.
+    """
+    if train is None and job.train:
+        from pipelines.training import train
+    if evaluate is None:
+        from pipelines.evaluate import evaluate
+    started = time.monotonic()
+    result = FoldResult(variant=job.variant.name, fold=job.fold)
+    if job.train:
+        trained = train(job.train, lambda metrics: report({"phase": "train", **metrics}))
+        result = result.model_copy(
+            update={
+                "step": trained.step,
+                "run_dir": trained.run_dir,
+                "checkpoint": trained.checkpoint,
+                "training": {k: v for k, v in trained.metrics.items() if v is not None},
+            }
+        )
+    earlier = read_result(job.file)
+    # A time-limited training goes on at each start; scores of its earlier checkpoint are not this one's.
+    if earlier and (earlier.step, earlier.checkpoint) == (result.step, result.checkpoint):
+        result = result.model_copy(update={"scores": earlier.scores, "seconds": earlier.seconds})
+    before = result.seconds
+    every = sum(c.seeds * c.episodes for c in job.evaluations)
+    for number, config in enumerate(job.evaluations):
+        if not result.score(config.ways, config.shots, config.prompt):
+            config = config.model_copy(update={"checkpoint": result.checkpoint})
+            offset = sum(c.seeds * c.episodes for c in job.evaluations[:number])
+            outcome = evaluate(config, _throttled(report, offset, every))
+            score = Score(
+                ways=config.ways,
+                shots=config.shots,
+                prompt=config.prompt,
+                **{name: getattr(outcome, name) for name in set(Score.model_fields) - {"ways", "shots", "prompt"}},
+            )
+            result = result.model_copy(
+                update={"scores": (*result.scores, score), "seconds": before + time.monotonic() - started}
+            )
+            _write(job.file, result)
+    result = result.model_copy(update={"finished": True})
+    _write(job.file, result)
+    return result
+
+
+def read_result(file: Path) -> FoldResult | None:
+    """The result in `file`, finished or not; None where there is no file. InputError where it cannot be read."""
+    if not file.exists():
+        return None
+    try:
+        return FoldResult.model_validate_json(file.read_text())
+    except ValueError as error:
+        raise InputError(
+            f"{file} is not the result of a trial ({str(error).splitlines()[0]}). It was edited, or written by another "
+            "version: delete it, and the sweep makes it again."
+        ) from error
+
+
+def describe_error(error: Exception) -> str:
+    """The message of an InputError, which needs no more; a traceback of any other, its last line the message."""
+    return str(error) if isinstance(error, InputError) else "".join(traceback.format_exception(error))
+
+
+def last_line(reason: str) -> str:
+    """The message of what `describe_error` gave."""
+    return reason.strip().splitlines()[-1]
+
+
+def _throttled(report: Report, offset: int, every: int) -> Callable[[int, int], None]:
+    last = -REPORT_SECONDS
+
+    def progress(done: int, _: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= REPORT_SECONDS:
+            last = time.monotonic()
+            report({"phase": "evaluate", "done": offset + done, "of": every})
+
+    return progress
+
+
+def _write(file: Path, result: FoldResult) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(result.model_dump_json(indent=1))
+    os.replace(temporary, file)

@@ -1,0 +1,128 @@
+"""The command line: every verb teaches, the smallest demo runs whole, mistakes are one message and exit code 2."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import cli
+
+ROOT = Path(__file__).parents[1]
+runner = CliRunner()
+
+
+def run(*arguments):
+    return runner.invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", "LA_WORKSPACE": ""})
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The workspace of a demo run at its smallest size, and what it printed."""
+    root = tmp_path_factory.mktemp("demo")
+    result = run("demo", "--smallest", "--workspace", root)
+    assert result.exit_code == 0, result.output
+    return root, result.output
+
+
+def verbs():
+    groups = {"": cli.app, "sweep ": cli.sweep_app, "bench ": cli.bench_app}
+    for group, app in groups.items():
+        for command in app.registered_commands:
+            yield f"{group}{command.name or command.callback.__name__}"
+
+
+@pytest.mark.parametrize("verb", sorted(verbs()))
+def test_every_verb_explains_itself(verb):
+    result = run(*verb.split(), "--help")
+    assert result.exit_code == 0
+    assert "--" in result.output
+
+
+def test_the_smallest_demo_makes_tables_picture_and_runs(demo):
+    root, output = demo
+    for words in ("Table 5", "Table 6", "prototype", "python cli.py ui --workspace"):
+        assert words in output
+    assert (root / "artifacts" / "demo-episodes.png").stat().st_size > 20_000
+    assert len(list((root / "runs" / "sweeps").glob("*/*.csv"))) == 2
+
+
+def test_a_second_demo_repeats_nothing(demo):
+    root, _ = demo
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*.parquet")} | {
+        p: p.stat().st_mtime_ns for p in root.rglob("last.pt")
+    }
+    assert run("demo", "--smallest", "--workspace", root).exit_code == 0
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_verbs_go_on_from_the_demo(demo):
+    root, _ = demo
+    drawn = run("episodes", "--folds", "0", "--train-batches", 12, "--seeds", 1, "--episodes", 5, "--workspace", root)
+    assert drawn.exit_code == 0, drawn.output
+    assert "training" in drawn.output
+    quick = ("--preset", "debug", "--steps", 3, "--workspace", root, "--val-episodes", 3)
+    trained = run("train", "--fold", 0, *quick)
+    assert trained.exit_code == 0, trained.output
+    picture = root / "e.png"
+    test = ("--seeds", 2, "--episodes", 4, "--workspace", root, "--picture", picture)
+    tested = run("evaluate", "--fold", 0, *test)
+    assert tested.exit_code == 0, tested.output
+    assert re.search(r"mIoU \d+\.\d+ \+- \d+\.\d+ over 2 seeds x 4 episodes", tested.output)
+    assert picture.exists()
+    measured = run("bench", "episodes", "--workspace", root, "--repeats", 1)
+    assert "episodes" in measured.output
+
+
+MISTAKES = {
+    "no COCO folder": (["featurize", "--coco-dir", "{tmp}/nowhere"], "is not a folder"),
+    "no split": (["featurize", "--coco-dir", "{tmp}"], "has no train split"),
+    "empty workspace": (["train"], "holds no features"),
+    "empty workspace, sweep": (["sweep", "ablations"], "holds no features"),
+    "nothing tracked": (["ui"], "mlflow.db"),
+    "unknown preset": (["model", "--preset", "huge"], "Choose one of"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_message_and_exit_code_2(mistake, tmp_path):
+    arguments, message = MISTAKES[mistake]
+    arguments = [a.format(tmp=tmp_path) for a in arguments]
+    if arguments[0] not in ("featurize", "model"):
+        arguments += ["--workspace", str(tmp_path / "empty")]
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--fold", 4], "folds 0 to 3"),
+        (["evaluate", "--fold", 0, "--method", "magic"], "--method magic is unknown"),
+        (["evaluate", "--method", "prototype", "--ways", 20, "--shots", 30], "Lower --ways or --shots"),
+        (["evaluate", "--checkpoint", "nowhere.pt"], "is not there"),
+        (["sweep", "ablations", "--folds", "a"], "expected whole numbers"),
+        (["sweep", "ablations", "--folds", "7"], "0, 1, 2 and 3"),
+        (["train", "--device", "cuda:9"], "--device cuda:9"),
+        (["train", "--dim", 100], "multiple of 16"),
+        (["train", "--store", "other"], "is not in"),
+    ],
+)
+def test_mistakes_in_a_filled_workspace(demo, arguments, message):
+    result = run(*arguments, "--workspace", demo[0])
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())
+
+
+def test_the_readme_names_only_verbs_and_options_that_exist():
+    text = (ROOT / "README.md").read_text()
+    known = set(verbs())
+    for line in re.findall(r"^\S*python cli\.py (.+?)(?:\s+#.*)?$", text, re.MULTILINE):
+        words = line.split()
+        verb = " ".join(words[:2]) if words[0] in ("sweep", "bench") else words[0]
+        assert verb in known, line
+        help_text = run(*verb.split(), "--help").output
+        for option in re.findall(r"--[a-z-]+", line):
+            assert option in help_text, f"{line}: {option}"

@@ -1,0 +1,249 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+from fake_sweep import STEPS, fake_config, fake_evaluate, fake_store, fake_train
+from rich.console import Console
+
+from la.errors import InputError
+from pipelines.tracking import Tracker, TrackingError
+from pipelines.workspace import Workspace
+from sweeps.ablations import PAPER_PROMPTS, ablations
+from sweeps.display import SweepDisplay
+from sweeps.plan import only_driver, plan_sweep
+from sweeps.records import SweepRuns, over_folds
+from sweeps.runner import SweepResult
+from sweeps.tables import ablation_tables
+from sweeps.trial import read_result, run_trial
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")
+
+
+def ignore(_):
+    pass
+
+
+def finish(job):
+    return run_trial(job, ignore, fake_train, fake_evaluate)
+
+
+def outcome(config, plan, results, failed):
+    return SweepResult(config, plan.name, plan.folder, plan.variants, results, failed, False)
+
+
+@pytest.fixture(autouse=True)
+def own_database(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def test_a_variant_changes_what_it_names_and_nothing_else(tmp_path):
+    jobs = {job.variant.name: job for job in plan_sweep(fake_config(tmp_path)).jobs}
+    complete = jobs["complete"].train.model_dump()
+    for variant in ablations():
+        if variant.trained:
+            assert jobs[variant.name].train.model_dump() == complete | dict(variant.overrides)
+    assert jobs["prototype"].train is None
+    tasks = {name: [(c.fold, c.ways, c.shots, c.prompt) for c in job.evaluations] for name, job in jobs.items()}
+    assert all(each == tasks["complete"] for each in tasks.values())
+    assert len(tasks["complete"]) == 8
+
+
+def test_what_changes_a_result_makes_another_sweep_and_nothing_else_does(tmp_path):
+    name = plan_sweep(fake_config(tmp_path)).name
+    key = fake_store(tmp_path)
+    for same in ({"concurrent": 4}, {"threads": 2}, {"gpus": 0.5}, {"device": "cpu"}, {"store": key}):
+        assert plan_sweep(fake_config(tmp_path, **same)).name == name
+    for other in ({"folds": (1,)}, {"train": {"steps": 31}}, {"episodes": 5}, {"prompts": ("mask",)}):
+        assert plan_sweep(fake_config(tmp_path, **other)).name != name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": ("complete", "no_such")}, "no_such.*Choose from complete"),
+        ({"folds": (4,)}, "--folds holds 4"),
+        ({"ways": (1, 1)}, "--ways names a value twice"),
+        ({"train": {"leraning_rate": 1}}, "'leraning_rate' is no setting of training"),
+        ({"train": {"token_pool": False}}, "'token_pool' is set by the sweep"),
+        ({"train": {"fold": 1}}, "'fold' is set by the sweep"),
+        ({"train": {"lr": -1}}, "'lr' is -1"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_runs(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        plan_sweep(fake_config(tmp_path, **changes))
+
+
+def test_a_sweep_has_one_driver(tmp_path):
+    with only_driver(tmp_path), pytest.raises(InputError, match="already running"), only_driver(tmp_path):
+        pass
+    with only_driver(tmp_path):
+        pass
+
+
+def test_a_killed_trial_keeps_its_evaluations(tmp_path):
+    job = plan_sweep(fake_config(tmp_path)).jobs[0]
+    calls = []
+
+    def dies_at_the_third(config, on_progress):
+        calls.append(config)
+        if len(calls) == 3:
+            raise RuntimeError("killed")
+        return fake_evaluate(config, on_progress)
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run_trial(job, ignore, fake_train, dies_at_the_third)
+    assert [len(read_result(job.file).scores), read_result(job.file).finished] == [2, False]
+    result = run_trial(job, ignore, fake_train, dies_at_the_third)
+    assert len(calls) == 3 + 6
+    assert result.finished
+    assert read_result(job.file).model_dump_json() == result.model_dump_json()
+    assert {c.checkpoint for c in calls} == {result.checkpoint}
+
+
+def test_scores_of_an_earlier_checkpoint_are_thrown_away(tmp_path):
+    job = plan_sweep(fake_config(tmp_path)).jobs[0]
+    finish(job)
+
+    def trained_further(config, on_report):
+        return SimpleNamespace(**vars(fake_train(config, on_report)) | {"step": STEPS + 10})
+
+    calls = []
+    run_trial(job, ignore, trained_further, lambda *a: calls.append(a) or fake_evaluate(*a))
+    assert len(calls) == 8
+
+
+def test_a_result_that_was_edited_is_the_users_to_mend(tmp_path):
+    (tmp_path / "r.json").write_text("{")
+    with pytest.raises(InputError, match="delete it"):
+        read_result(tmp_path / "r.json")
+
+
+def test_tables_stand_beside_the_papers_and_say_what_is_missing(tmp_path):
+    config = fake_config(tmp_path, folds=(0, 1))
+    plan = plan_sweep(config)
+    results = {j.name: finish(j) for j in plan.jobs if j.variant.name in ("complete", "prototype")}
+    results["no_mixer/fold1"] = finish(next(j for j in plan.jobs if j.name == "no_mixer/fold1"))
+    failed = {
+        "no_mixer/fold0": "trace\nValueError: [odd] thing",
+        "no_token_pool/fold0": "x",
+        "no_token_pool/fold1": "x",
+    }
+    five, six = ablation_tables(outcome(config, plan, results, failed))
+    rows = {row[0]: row[1:] for row in five.rows}
+    assert five.columns[1:3] == ("1-way 1-shot", "paper 1-way 1-shot")
+    assert rows["complete"] == ("25.5 ± 0.7", "39.2", "20.5 ± 0.7", "30.9")
+    assert rows["prototype (no training)"] == ("25.5 ± 0.7", "-", "20.5 ± 0.7", "-")
+    assert rows["w/o class-example mixer"][0] == "26.0 (1 of 2 folds)"
+    assert rows["w/o token pool"][0] == "failed"
+    assert rows["w/o spatial convolutions"][0] == "not run"
+    assert [row[0] for row in six.rows] == ["masks", "boxes and points", "boxes", "points"]
+    assert six.rows[1][2] == str(PAPER_PROMPTS["point_box"][1, 1])
+    assert "ValueError: [odd] thing" in five.text()
+    assert five.csv().splitlines()[1] == "complete,25.5 ± 0.7,39.2,20.5 ± 0.7,30.9"
+
+
+def test_the_spread_of_a_single_fold_is_over_seeds_and_no_paper_column_is_invented(tmp_path):
+    config = fake_config(tmp_path, shots=(1, 5, 10), prompts=("mask",))
+    plan = plan_sweep(config)
+    six = ablation_tables(outcome(config, plan, {plan.jobs[0].name: finish(plan.jobs[0])}, {}))[1]
+    assert [c for c in six.columns if "1-way" in c and "paper" in c] == [
+        "paper 1-way 1-shot",
+        "paper 1-way 5-shot",
+    ]
+    assert six.rows[0][1] == "25.0 ± 0.5"
+    assert "± over seeds" in six.notes[0]
+
+
+def test_means_over_folds_keep_their_names():
+    assert over_folds([{"miou": 20.0, "std_seeds": 1.0}, {"miou": 24.0, "std_seeds": 3.0}]) == {
+        "miou": 22.0,
+        "std_folds_miou": pytest.approx(8**0.5),
+        "std_seeds": 2.0,
+    }
+    assert over_folds([{"miou": 20.0}]) == {"miou": 20.0}
+
+
+def test_a_stopped_sweep_closes_all_its_runs_and_the_next_start_takes_them_up(tmp_path):
+    config = fake_config(tmp_path, variants=("complete", "prototype"), folds=(0, 1))
+    plan = plan_sweep(config)
+    tracker = Tracker(Workspace(tmp_path))
+
+    def status():
+        found = tracker._client.search_runs([tracker.experiment("ablations")])
+        return {run.info.run_name.replace(plan.name, "sweep"): run.info.status for run in found}
+
+    # Killed outright: nothing is closed, and one trial was logged no further than its start.
+    runs = SweepRuns(tracker, plan, config)
+    for job in plan.jobs[:2]:
+        runs.started(job)
+    assert set(status().values()) == {"RUNNING"}
+    # Started again, and stopped by Ctrl-C before any trial starts.
+    results = {plan.jobs[0].name: finish(plan.jobs[0])}
+    tables = ablation_tables(outcome(config, plan, results, {}))
+    SweepRuns(tracker, plan, config).close(results, tables)
+    assert status() == {
+        "sweep": "KILLED",
+        "complete": "KILLED",
+        "prototype": "KILLED",
+        "complete/fold0": "FINISHED",
+        "complete/fold1": "KILLED",
+    }
+    # Started once more, to the end.
+    runs = SweepRuns(tracker, plan, config)
+    results = {}
+    for job in plan.jobs:
+        runs.started(job)
+        results[job.name] = finish(job)
+        runs.finished(job, results[job.name])
+    runs.close(results, tables)
+    assert set(status().values()) == {"FINISHED"}
+    assert len(status()) == 7
+    variant = tracker.find("ablations", f"{plan.name}/complete")
+    metrics = tracker._client.get_run(variant.id).data.metrics
+    assert metrics["miou_1way_1shot_mask"] == 25.5
+    assert metrics["std_folds_miou_1way_1shot_mask"] == pytest.approx(0.5**0.5)
+
+
+def test_a_tracker_that_fails_meanwhile_costs_no_trial(tmp_path, monkeypatch, caplog):
+    config = fake_config(tmp_path, variants=("complete",))
+    plan = plan_sweep(config)
+    tracker = Tracker(Workspace(tmp_path))
+    runs = SweepRuns(tracker, plan, config)
+    with monkeypatch.context() as broken:
+        broken.setattr(tracker, "open", lambda *_: (_ for _ in ()).throw(TrackingError("gone")))
+        runs.started(plan.jobs[0])
+        runs.reported(plan.jobs[0], {"phase": "train", "step": 10, "loss": 1.0})
+        result = finish(plan.jobs[0])
+        runs.finished(plan.jobs[0], result)
+    assert caplog.text.count("MLflow did not take a record") == 1
+    runs.close({plan.jobs[0].name: result}, [])
+    fold = tracker.find("ablations", f"{plan.name}/complete/fold0")
+    assert fold.status == "FINISHED"
+    assert len(tracker._client.get_metric_history(fold.id, "loss")) == STEPS // 10
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_display_follows_trials_on_a_terminal_and_in_a_log(tmp_path, terminal):
+    plan = plan_sweep(fake_config(tmp_path))
+    console = Console(width=150, force_terminal=terminal, record=True)
+    first, second = plan.jobs[:2]
+    with SweepDisplay(console, total=5, done=1) as display:
+        for job in (first, second):
+            display.started(job)
+        run_trial(first, lambda metrics: display.reported(first, metrics), fake_train, fake_evaluate)
+        display.finished(first, read_result(first.file))
+        display.failed(second, "Traceback\nValueError: [red]no[/red]")
+    text = console.export_text()
+    assert "complete/fold0: mIoU 25.0 (1-way 1-shot mask)" in text
+    assert "ValueError: [red]no[/red]" in text
+    if not terminal:
+        assert "complete/fold0: step 10 of 30  loss 0.100" in text
+
+
+def test_result_files_are_plain_json(tmp_path):
+    job = plan_sweep(fake_config(tmp_path)).jobs[0]
+    finish(job)
+    content = json.loads(job.file.read_text())
+    assert content["finished"]
+    assert content["scores"][0]["per_class"]["cat"] == 25.0
