@@ -196,7 +196,9 @@ def train(
     token_pool: Annotated[bool, typer.Option(help="The token pool.")] = True,
     mixer: Annotated[bool, typer.Option(help="The class-example mixer.")] = True,
     spatial_convs: Annotated[bool, typer.Option(help="The decoder's spatial convolutions.")] = True,
-    class_weights: Annotated[bool, typer.Option(help="Class weights in the focal loss.")] = True,
+    class_weights: Annotated[
+        Literal["inverse", "log", "none"], typer.Option(help="How the loss weighs a class by its share of pixels.")
+    ] = "inverse",
     val_episodes: Annotated[
         int, typer.Option(min=1, help="Episodes of seen classes that choose the checkpoint.")
     ] = 100,

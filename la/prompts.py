@@ -44,7 +44,10 @@ class PromptEncoder(nn.Module):
             nn.GELU(),
             nn.Conv2d(16, dim, 1),
         )
-        # of the size of position encodings and features: smaller ones leave prompts and background alike at first
+        # Prompts start as large as features and positions: smaller ones leave class and background alike for long.
+        with torch.no_grad():
+            self.mask_cnn[-1].weight.mul_(4)
+            self.mask_cnn[-1].bias.mul_(4)
         self.no_mask = nn.Parameter(torch.randn(dim))
         self.no_sparse = nn.Parameter(torch.randn(dim))
         self.types = nn.Parameter(torch.randn(4, dim))

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from la.losses import ClassWeights
 from pipelines.workspace import digest
 
 Prompt = Literal["mask", "point", "box", "point_box"]
@@ -61,7 +62,7 @@ class TrainConfig(Settings):
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(100, ge=0)
     gamma: float = Field(2.0, ge=0)  # focal loss exponent
-    class_weights: bool = True  # weigh each class by its share of query pixels
+    class_weights: ClassWeights = "inverse"  # how pixels of a class weigh, see la.losses
     # selection, on seen classes of the val split
     val_every: int = Field(250, ge=1)  # steps
     val_episodes: int = Field(100, ge=1)

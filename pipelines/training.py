@@ -174,14 +174,14 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
                 plain.train()
                 if metrics["seen_miou"] > at["best"]:
                     at["best"] = metrics["seen_miou"]
-                    save(run_dir / "best.pt", checkpoint(plain, config, store) | {"step": at["step"]})
+                    save(run_dir / "best.pt", checkpoint(plain, config, store, at["step"]))
             at["curve"].append(metrics)
             on_report(metrics)
             losses, episodes, since = [], 0, time.perf_counter()
         if saving:
             _write(run_dir / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in at["curve"]))
             position = {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(), "at": at}
-            save(run_dir / "last.pt", checkpoint(plain, config, store) | position)
+            save(run_dir / "last.pt", checkpoint(plain, config, store, at["step"]) | position)
     if worker.rank == 0:
         metrics = {"seen_miou": at["best"], "train_seconds": at["seconds"]}
         result = {"step": at["step"], "metrics": metrics, "episodes_digest": shards.digest}
@@ -218,9 +218,10 @@ def read_ahead(
             yield ahead.pop(0).result()
 
 
-def checkpoint(model: LabelAnything, config: TrainConfig, store: FeatureStore) -> dict:
+def checkpoint(model: LabelAnything, config: TrainConfig, store: FeatureStore, step: int) -> dict:
     """What evaluation and prediction need: the model, the fold it has not seen, the features it was trained on."""
-    return save_state(model) | {"fold": config.fold, "store": store.key, "train_config": config.model_dump_json()}
+    origin = {"fold": config.fold, "store": store.key, "step": step, "train_config": config.model_dump_json()}
+    return save_state(model) | origin
 
 
 def save(path: Path, content: dict) -> None:

@@ -26,7 +26,13 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def config(tiny_coco: Path, tiny_weights: Path, tmp_path: Path) -> FeaturizeConfig:
     return FeaturizeConfig(
-        workspace=tmp_path / "ws", coco_dir=tiny_coco, weights=tiny_weights, batch_size=3, shard_size=5, threads=1, **TINY
+        workspace=tmp_path / "ws",
+        coco_dir=tiny_coco,
+        weights=tiny_weights,
+        batch_size=3,
+        shard_size=5,
+        threads=1,
+        **TINY,
     )
 
 

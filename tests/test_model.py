@@ -141,13 +141,19 @@ def test_a_width_that_heads_do_not_divide_is_refused():
 
 
 def test_focal_loss_by_hand():
-    logits = torch.zeros(1, 2, 1, 2)
-    truth = torch.tensor([[[0, 1]]])
-    plain = 0.25 * math.log(2)
-    assert focal_loss(logits, truth, weighted=False).item() == pytest.approx(plain)
-    assert focal_loss(logits, truth).item() == pytest.approx(plain / math.log(1.6))
-    ignored = torch.tensor([[[0, 255]]])
-    assert focal_loss(logits, ignored).item() == pytest.approx(plain / math.log(2.1))
+    logits = torch.zeros(1, 2, 1, 4)
+    logits[0, 1, 0, 3] = math.log(3)  # p = 1/4, 3/4 there
+    truth = torch.tensor([[[0, 0, 0, 1]]])
+    half, quarter = 0.25 * math.log(2), 1 / 16 * math.log(4 / 3)
+    assert focal_loss(logits, truth, class_weights="none").item() == pytest.approx((3 * half + quarter) / 4)
+    assert focal_loss(logits, truth, class_weights="inverse").item() == pytest.approx((half + quarter) / 2)
+    by_log = (3 * half / math.log(1.85) + quarter / math.log(1.35)) / 4
+    assert focal_loss(logits, truth, class_weights="log").item() == pytest.approx(by_log)
+    ignored = torch.tensor([[[0, 255, 255, 1]]])
+    assert focal_loss(logits, ignored, class_weights="none").item() == pytest.approx((half + quarter) / 2)
+    assert focal_loss(logits, truth, gamma=0, class_weights="none").item() == pytest.approx(
+        (3 * math.log(2) + math.log(4 / 3)) / 4
+    )
 
 
 def test_schedule_warms_up_then_falls_to_zero():
