@@ -437,7 +437,8 @@ def demo(
 
         result, picture = run_demo(workspace.absolute(), console, SMALLEST if smallest else None)
         console.rule("done")
-        console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+        if picture:
+            console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
         finish_sweep(result)
 
 

@@ -193,7 +193,7 @@ def _annotation(raw: dict, images: dict[int, Image], categories: dict[int, str],
         size = tuple(rle["size"])
         area = int(rle_tools.area(rle))
         x, y, w, h = (float(v) for v in (raw.get("bbox") or rle_tools.toBbox(rle)))
-    except (TypeError, KeyError, ValueError, IndexError) as error:
+    except Exception as error:  # pycocotools raises a bare Exception for a shape it does not take
         raise InputError(f"{where}: `segmentation` is neither polygons nor an RLE ({error}).") from error
     if size != (image.height, image.width):
         raise InputError(f"{where}: its RLE is for {size}, but image {image.id} is {(image.height, image.width)}.")

@@ -62,6 +62,7 @@ class TrainConfig(Settings):
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(100, ge=0)
     gamma: float = Field(2.0, ge=0)  # focal loss exponent
+    ema: float = Field(0.99, ge=0, lt=1)  # decay per step of the moving average of weights that is validated and kept
     class_weights: ClassWeights = "inverse"  # how pixels of a class weigh, see la.losses
     # selection, on seen classes of the val split
     val_every: int = Field(250, ge=1)  # steps

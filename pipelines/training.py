@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from la.batch import EpisodeBatch
 from la.device import autocast, pick_device
@@ -121,15 +122,17 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: warmup_cosine(step, config.warmup_steps, config.steps)
     )
+    # Single steps on few episodes swing the balance of background and classes; what counts is the moving average.
+    average = AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     at = {"step": 0, "seconds": 0.0, "best": -1.0, "curve": []}  # the position, saved with every checkpoint
     if (run_dir / "last.pt").exists():
         saved = torch.load(run_dir / "last.pt", map_location=device, weights_only=True)
-        plain.load_state_dict(saved["state"])
+        plain.load_state_dict(saved["training"])
+        average.load_state_dict(saved["average"])
         optimiser.load_state_dict(saved["optimiser"])
         schedule.load_state_dict(saved["schedule"])
         at = saved["at"]
     model = worker.wrap(plain)
-    plain.train()
 
     losses: list[Tensor] = []
     since = time.perf_counter()
@@ -148,6 +151,7 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
         loss.backward()
         optimiser.step()
         schedule.step()
+        average.update_parameters(plain)
 
         at["step"] += 1
         at["seconds"] = time.perf_counter() - started
@@ -169,19 +173,18 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
                 "seconds": at["seconds"],
             }
             if validating:
-                plain.eval()
-                metrics["seen_miou"] = score(plain, validation, val_builder, device, batch_size=8).miou()
-                plain.train()
+                metrics["seen_miou"] = score(average.module, validation, val_builder, device, batch_size=8).miou()
                 if metrics["seen_miou"] > at["best"]:
                     at["best"] = metrics["seen_miou"]
-                    save(run_dir / "best.pt", checkpoint(plain, config, store, at["step"]))
+                    save(run_dir / "best.pt", checkpoint(average.module, config, store, at["step"]))
             at["curve"].append(metrics)
             on_report(metrics)
             losses, episodes, since = [], 0, time.perf_counter()
         if saving:
             _write(run_dir / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in at["curve"]))
-            position = {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(), "at": at}
-            save(run_dir / "last.pt", checkpoint(plain, config, store, at["step"]) | position)
+            training = {"training": plain.state_dict(), "average": average.state_dict(), "at": at}
+            training |= {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
+            save(run_dir / "last.pt", checkpoint(average.module, config, store, at["step"]) | training)
     if worker.rank == 0:
         metrics = {"seen_miou": at["best"], "train_seconds": at["seconds"]}
         result = {"step": at["step"], "metrics": metrics, "episodes_digest": shards.digest}

@@ -26,9 +26,9 @@ class DemoSize:
     val_images: int = 160
     dim: int = 128  # D of the heads, half of the paper's
     steps: int = 500
-    batches: tuple[tuple[int, int, int], ...] = ((2, 1, 4), (1, 4, 2), (4, 1, 2), (2, 2, 2), (2, 4, 1), (8, 1, 1))
-    train_batches: int = 1200
-    lr: float = 1e-3
+    batches: tuple[tuple[int, int, int], ...] = ((4, 2, 2), (8, 1, 2), (16, 1, 1))
+    train_batches: int = 600
+    lr: float = 5e-4
     val_episodes: int = 50
     seeds: int = 2
     episodes: int = 100
@@ -43,8 +43,8 @@ class DemoSize:
 SMALLEST = DemoSize(80, 48, 32, 20, ((2, 1, 1), (2, 2, 1)), 20, 1e-3, 5, 1, 5)  # for tests of the line, not its result
 
 
-def run_demo(root: Path, console: Console, size: DemoSize | None = None) -> tuple[SweepResult, Path]:
-    """Run every stage in `root`, or what is missing of it; returns the sweep and the picture."""
+def run_demo(root: Path, console: Console, size: DemoSize | None = None) -> tuple[SweepResult, Path | None]:
+    """Run every stage in `root`, or what is missing of it; returns the sweep and the picture, if its model was trained."""
     size = size or DemoSize()
     workspace = Workspace(root)
     say = console.rule
@@ -67,6 +67,8 @@ def run_demo(root: Path, console: Console, size: DemoSize | None = None) -> tupl
         workspace=workspace.root, store=store.key, train=size.train, seeds=size.seeds, episodes=size.episodes
     )
     result = run_sweep(sweep, console)
+    if "complete/fold0" not in result.results:
+        return result, None
     la = EvaluateConfig(
         workspace=workspace.root,
         store=store.key,

@@ -198,5 +198,7 @@ def test_the_real_folder_is_read_whole(real_coco):
     assert sorted(data["train"].categories) == COCO_IDS
     assert {i: data["train"].categories[i] for i in FOLD_0} == FOLD_0
     every = [a for d in data.values() for found in d.annotations.values() for a in found]
-    assert sum(a.is_crowd for a in every) == 45
+    listed = [one for file, _ in splits.values() for one in json.loads(file.read_text())["annotations"]]
+    assert sorted(a.id for a in every) == sorted(one["id"] for one in listed)
+    assert {a.id for a in every if a.is_crowd} == {one["id"] for one in listed if one["iscrowd"]} != set()
     assert any(not found for found in data["train"].annotations.values())

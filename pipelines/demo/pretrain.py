@@ -1,4 +1,4 @@
-"""Pre-trains the demo's vision transformer on scenes of made-up objects: MINUTES minutes on one core.
+"""Pre-trains the demo's vision transformer on scenes of made-up objects: about 15 minutes on one core.
 
 The scenes are drawn as those of ``draw_scenes`` are, but of other objects: 300 random outlines and 300
 random textures in place of the data set's ten shapes and eight textures, so that neither an image nor a
@@ -296,7 +296,7 @@ def train(*, steps: int, scenes: int, batch: int, seed: int, out: Path, rate: fl
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write (fp16)")
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--scenes", type=int, default=4000, help="drawn once, seen again augmented")
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
