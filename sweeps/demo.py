@@ -44,7 +44,7 @@ SMALLEST = DemoSize(80, 48, 32, 20, ((2, 1, 1), (2, 2, 1)), 20, 1e-3, 5, 1, 5)  
 
 
 def run_demo(root: Path, console: Console, size: DemoSize | None = None) -> tuple[SweepResult, Path | None]:
-    """Run every stage in `root`, or what is missing of it; returns the sweep and the picture, if its model was trained."""
+    """Run what is missing of every stage in `root`; returns the sweep and, if its model was trained, the picture."""
     size = size or DemoSize()
     workspace = Workspace(root)
     say = console.rule
