@@ -25,7 +25,7 @@ class DemoSize:
     train_images: int = 400
     val_images: int = 160
     dim: int = 128  # D of the heads, half of the paper's
-    steps: int = 500
+    steps: int = 300
     batches: tuple[tuple[int, int, int], ...] = ((4, 2, 2), (8, 1, 2), (16, 1, 1))
     train_batches: int = 600
     lr: float = 5e-4
