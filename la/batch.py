@@ -19,7 +19,6 @@ class EpisodeBatch:
     query: Tensor  # (B, h, w, Dv) backbone features
     support: Tensor  # (L, h, w, Dv)
     slots: Tensor  # (B, C) bool: background and the classes that this episode has
-    support_episode: Tensor  # (L,) long
     pair_support: Tensor  # (P,) long
     pair_slot: Tensor  # (P,) long, episode * C + slot
     pair_place: Tensor  # (P,) long, place among the pairs of its support
@@ -62,12 +61,10 @@ def pack(
     """
     slots = max(len(e.classes) for e in episodes) + 1
     images: list[int] = []
-    support_episode: list[int] = []
     packed: list[tuple[int, int, tuple]] = []  # (support, episode * C + slot, pair or None for background)
     for b, episode in enumerate(episodes):
         first = len(images)
         images += episode.supports
-        support_episode += [b] * len(episode.supports)
         packed += [(first + k, b * slots, None) for k in range(len(episode.supports))]
         packed += [(first + p.support, b * slots + 1 + p.slot, p) for p in episode.pairs]
     points = [p.points if p else () for _, _, p in packed]
@@ -104,7 +101,6 @@ def pack(
         query=features([e.query for e in episodes]),
         support=features(images),
         slots=valid,
-        support_episode=torch.tensor(support_episode),
         pair_support=torch.tensor([p[0] for p in packed]),
         pair_slot=torch.tensor([p[1] for p in packed]),
         pair_place=torch.tensor(place),

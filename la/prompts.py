@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from la.attention import Attention, FourierPosition, LayerNorm2d
 from la.batch import EpisodeBatch
 
-NEGATIVE, POSITIVE, TOP_LEFT, BOTTOM_RIGHT = range(4)
+TOP_LEFT = 2  # types: 0 negative point, 1 positive point, 2 and 3 the corners of a box
 
 
 class TokenPool(nn.Module):

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from la.coco import Annotation, Dataset, Image
-from pipelines.shards import damaged, write_whole
+from pipelines.shards import damaged
+from pipelines.workspace import write_whole
 
 _DATASET = b"la_dataset"
 _ANNOTATION = pa.struct(

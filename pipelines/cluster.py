@@ -10,8 +10,8 @@ CODE = Path(__file__).parents[1]
 
 
 @contextmanager
-def ray_session(address: str | None = None) -> Iterator[None]:
-    """Use the Ray that runs in this process already, or start (or join, by `address`) one and leave it at the end.
+def ray_session() -> Iterator[None]:
+    """Use the Ray that runs in this process, or start one (or join that of RAY_ADDRESS) and leave it at the end.
 
     Workers find the project's code by PYTHONPATH, because their working directory is a temporary folder.
     """
@@ -23,8 +23,8 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         return
     path = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))
     ray.init(
-        address=address or os.environ.get("RAY_ADDRESS") or "local",
-        include_dashboard=False if not address else None,
+        address=os.environ.get("RAY_ADDRESS") or "local",
+        include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.WARNING,
         runtime_env={"env_vars": {"PYTHONPATH": path}},

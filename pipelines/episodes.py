@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from la.coco import fold_classes
 from la.episodes import MIN_AREA, Episode, Pair, Pool, evaluation_episode, training_episode
 from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.store import FeatureStore
-from pipelines.workspace import digest
+from pipelines.workspace import digest, write_text, write_whole
 
 FORMAT = 1
 ROWS_PER_PART = 4096
@@ -130,7 +129,6 @@ def ensure_episodes(plan: Plan, store: FeatureStore, workers: int = 0) -> Episod
     """
     folder = plan.folder(store)
     if not (folder / "manifest.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
         jobs = []
         for group, (size, ways, shots) in enumerate(plan.batches):
             per_part = _batches_per_part(size)
@@ -155,7 +153,7 @@ def ensure_episodes(plan: Plan, store: FeatureStore, workers: int = 0) -> Episod
             "classes_skipped": pool.skipped(most_shots),
             "digest": digest(digests, 16),
         }
-        _write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+        write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
     return EpisodeShards(folder)
 
 
@@ -170,17 +168,10 @@ def _write_part(
     content = hashlib.sha256(json.dumps(episodes).encode()).hexdigest()
     rows = [e._asdict() | {"pairs": [p._asdict() for p in e.pairs]} for e in episodes]
     table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"digest": content})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     row_group = size if plan.prompt is None else 64  # training reads batches at random, testing all in order
-    pq.write_table(table, temporary, row_group_size=row_group, compression="zstd", write_statistics=False)
-    os.replace(temporary, path)
+    options = {"row_group_size": row_group, "compression": "zstd", "write_statistics": False}
+    write_whole(path, lambda temporary: pq.write_table(table, temporary, **options))
     return content
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _batches_per_part(size: int) -> int:

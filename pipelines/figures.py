@@ -1,6 +1,5 @@
 """Pictures of episodes: supports with prompts, the query, its truth and the prediction (as in figure 4)."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from pipelines.config import EvaluateConfig
 from pipelines.episodes import ensure_episodes, evaluation_plan
 from pipelines.evaluate import Method, find_method, segment
 from pipelines.store import FeatureStore
-from pipelines.workspace import Workspace
+from pipelines.workspace import Workspace, write_whole
 
 COLOURS = matplotlib.colormaps["tab10"].colors  # of classes, by slot
 SHADE = 0.55  # opacity of a mask over a photo
@@ -40,10 +39,7 @@ def draw_episodes(
         _draw_row(row, most, method, builder, episode, device)
     for cell, heading in zip(axes[0], ["supports"] + [""] * (most - 1) + ["query", "truth", "prediction"], strict=True):
         cell.set_title(heading)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    figure.savefig(temporary, dpi=110)
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     return path
 
 

@@ -7,10 +7,9 @@ puts the bytes of an image in one piece at the end of its column chunk. So any P
 
 import hashlib
 import mmap
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from la.coco import Image
 from la.errors import InputError
-from pipelines.workspace import digest
+from pipelines.workspace import digest, write_whole
 
-T = TypeVar("T")
 FORMAT = 1  # of the files; raised whenever an older reader would misread a newer store
 DTYPE = "<f2"  # numpy's name of the stored numbers: little-endian float16
 PAGE_HEADER = 256  # bytes; more than the header of a one-value page and the value's length ever take
@@ -157,15 +155,3 @@ def damaged(path: Path, error: object) -> InputError:
         f"{path} is missing, damaged or not a file of a feature store ({type(error).__name__}: {error!s:.120}). "
         "Remove it and the store's store.json, then run `featurize` again: only what is missing is made."
     )
-
-
-def write_whole(path: Path, write: Callable[[Path], T]) -> T:
-    """Let `write` fill a temporary file beside `path`, then rename it, so that `path` is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        result = write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return result

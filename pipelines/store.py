@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from la.coco import Dataset
 from la.errors import InputError
 from pipelines.annotations import read_dataset, write_dataset
-from pipelines.shards import DTYPE, FORMAT, MappedShard, StoreSettings, damaged, open_shard, shard_file, write_whole
+from pipelines.shards import DTYPE, FORMAT, MappedShard, StoreSettings, damaged, open_shard, shard_file
+from pipelines.workspace import write_whole
 
 _INDEX = pa.schema(
     {

@@ -1,7 +1,6 @@
 """Training: one loop read from top to bottom, run in this process or by Ray Train (paper sections 4.4 and 5.2)."""
 
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.episodes import EpisodeShards, Plan, ensure_episodes, evaluation_plan, training_plan
 from pipelines.evaluate import score
 from pipelines.store import FeatureStore
-from pipelines.workspace import Workspace
+from pipelines.workspace import Workspace, write_text, write_whole
 
 Report = Callable[[dict], None]
 REPORT_EVERY = 10  # steps
@@ -62,8 +61,7 @@ def train(config: TrainConfig, on_report: Report | None = None) -> TrainResult:
         store = FeatureStore(Workspace(config.workspace).find_store(config.store))
         ensure_episodes(training_plan(config), store)
         ensure_episodes(validation_plan(config), store)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _write(run_dir / "config.json", config.model_dump_json(indent=1))
+        write_text(run_dir / "config.json", config.model_dump_json(indent=1))
         if config.workers:
             from pipelines.ray_train import fit
 
@@ -181,14 +179,14 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
             on_report(metrics)
             losses, episodes, since = [], 0, time.perf_counter()
         if saving:
-            _write(run_dir / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in at["curve"]))
+            write_text(run_dir / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in at["curve"]))
             training = {"training": plain.state_dict(), "average": average.state_dict(), "at": at}
             training |= {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
             save(run_dir / "last.pt", checkpoint(average.module, config, store, at["step"]) | training)
     if worker.rank == 0:
         metrics = {"seen_miou": at["best"], "train_seconds": at["seconds"]}
         result = {"step": at["step"], "metrics": metrics, "episodes_digest": shards.digest}
-        _write(run_dir / "result.json", json.dumps(result))
+        write_text(run_dir / "result.json", json.dumps(result))
 
 
 def read_ahead(
@@ -229,17 +227,9 @@ def checkpoint(model: LabelAnything, config: TrainConfig, store: FeatureStore, s
 
 def save(path: Path, content: dict) -> None:
     """Write a checkpoint of plain tensors and numbers; the old one stays until the new one is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: torch.save(content, temporary))
 
 
 def _number(*parts: int) -> int:
-    """A 63-bit number that is a pure function of `parts`."""
+    """A number below 2**53 that is a pure function of `parts`."""
     return int(random.Random("/".join(map(str, parts))).random() * 2**53)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)

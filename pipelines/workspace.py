@@ -2,9 +2,14 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from la.errors import InputError
+
+T = TypeVar("T")
 
 
 class Workspace:
@@ -54,3 +59,20 @@ class Workspace:
 def digest(value: object, length: int = 12) -> str:
     """Hex digest of a JSON-serialisable value, the same on every machine."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
+
+
+def write_whole(path: Path, write: Callable[[Path], T]) -> T:
+    """Let `write` fill a temporary file beside `path`, then rename it, so that `path` is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        result = write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return result
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(text))

@@ -3,7 +3,6 @@
 Imported by the sweep's workers, so nothing here loads MLflow or Ray.
 """
 
-import os
 import time
 import traceback
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pydantic import ConfigDict, Field
 
 from la.errors import InputError
 from pipelines.config import EvaluateConfig, Prompt, Settings, TrainConfig
-from pipelines.workspace import digest
+from pipelines.workspace import digest, write_text
 from sweeps.ablations import Variant
 
 Report = Callable[[dict], None]
@@ -119,9 +118,9 @@ def run_trial(job: Job, report: Report, train: Callable | None = None, evaluate:
             result = result.model_copy(
                 update={"scores": (*result.scores, score), "seconds": before + time.monotonic() - started}
             )
-            _write(job.file, result)
+            write_text(job.file, result.model_dump_json(indent=1))
     result = result.model_copy(update={"finished": True})
-    _write(job.file, result)
+    write_text(job.file, result.model_dump_json(indent=1))
     return result
 
 
@@ -158,10 +157,3 @@ def _throttled(report: Report, offset: int, every: int) -> Callable[[int, int], 
             report({"phase": "evaluate", "done": offset + done, "of": every})
 
     return progress
-
-
-def _write(file: Path, result: FoldResult) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(result.model_dump_json(indent=1))
-    os.replace(temporary, file)
