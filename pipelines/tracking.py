@@ -159,14 +159,14 @@ class Run:
             if step in self._steps:
                 continue
             self._steps.add(step)
-            batch += [Metric(key, float(v), now, step) for key, v in point.items() if key != "step" and _finite(v)]
+            batch += [Metric(key, float(v), now, step) for key, v in point.items() if key != "step" and _number(v)]
         for start in range(0, len(batch), BATCH):
             self._client.log_batch(self.id, metrics=batch[start : start + BATCH])
 
     def metrics(self, metrics: Mapping[str, float]) -> None:
         """Log final numbers; those that are there already with the same value are left out."""
         known = self._client.get_run(self.id).data.metrics
-        new = {key: float(v) for key, v in metrics.items() if _finite(v) and known.get(key) != float(v)}
+        new = {key: float(v) for key, v in metrics.items() if _number(v) and not _same(known.get(key), float(v))}
         if new:
             self._client.log_batch(self.id, metrics=[Metric(k, v, _milliseconds(), 0) for k, v in new.items()])
 
@@ -290,8 +290,12 @@ def _training_of(config: EvaluateConfig) -> TrainConfig | None:
         return None
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _same(known: float | None, value: float) -> bool:
+    return known == value or (known is not None and math.isnan(known) and math.isnan(value))
 
 
 def _milliseconds() -> int:

@@ -1,8 +1,9 @@
 """A sweep in MLflow: one run for the sweep, one for each variant, one for each fold of it; all of them get closed."""
 
 import logging
-import statistics
 from collections.abc import Callable
+
+import numpy as np
 
 from pipelines.config import SweepConfig
 from pipelines.identity import fold_params, git_sha, metric_key
@@ -12,6 +13,10 @@ from sweeps.tables import Table
 from sweeps.trial import FoldResult, Job, last_line
 
 logger = logging.getLogger(__name__)
+NAN = float("nan")
+# What a method without training has under the keys of those with: equal keys let MLflow compare all of them.
+NO_CURVE = {"step": 0, "loss": NAN, "lr": NAN, "episodes_per_s": NAN, "seen_miou": NAN}
+NO_TRAINING = {"seen_miou": NAN, "train_seconds": 0.0}
 
 
 class SweepRuns:
@@ -89,7 +94,7 @@ class SweepRuns:
     def _log_finished(self, job: Job, result: FoldResult) -> None:
         run = self._open(job)
         run.params({"episodes_digest": result.episodes_digest, "classes_drawn": _classes_drawn(result)})
-        run.curve(read_curve(result.run_dir))
+        run.curve(read_curve(result.run_dir) or [NO_CURVE])
         run.metrics(fold_metrics(result))
         run.text(job.file.read_text(), job.file.name)
         run.close()
@@ -122,7 +127,7 @@ class SweepRuns:
 
 def fold_metrics(result: FoldResult) -> dict[str, float]:
     """The metrics of one fold's run; the evaluation's keys are the same for every variant."""
-    metrics = {"seconds": result.seconds} | final_metrics(result.step, result.training)
+    metrics = {"seconds": result.seconds} | final_metrics(result.step, result.training or NO_TRAINING)
     for score in result.scores:
         task = (score.ways, score.shots, score.prompt)
         metrics |= {metric_key(*task): score.miou, metric_key(*task, "std_seeds"): score.std}
@@ -134,9 +139,9 @@ def over_folds(folds: list[dict[str, float]]) -> dict[str, float]:
     summary = {}
     for key in dict.fromkeys(key for metrics in folds for key in metrics):
         values = [metrics[key] for metrics in folds if key in metrics]
-        summary[key] = statistics.fmean(values)
+        summary[key] = float(np.mean(values))
         if len(values) > 1 and not key.startswith("std_"):
-            summary[f"std_folds_{key}"] = statistics.stdev(values)
+            summary[f"std_folds_{key}"] = float(np.std(values, ddof=1))
     return summary
 
 

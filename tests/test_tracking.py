@@ -1,4 +1,5 @@
 import json
+import math
 import socket
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -57,8 +58,19 @@ def test_a_resumed_curve_repeats_no_step(tracker, workspace):
     points = [{"step": s, "loss": 1 / s, "seen_miou": None} for s in (1, 2, 3)]
     run = tracker.open("curve", "k", "k", "fold")
     run.curve(points[:2])
-    Tracker(workspace).open("curve", "k", "k", "fold").curve([*points, {"step": 4, "loss": float("nan")}])
+    Tracker(workspace).open("curve", "k", "k", "fold").curve(points)
     assert history(tracker, run.id, "loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+
+
+def test_not_a_number_is_logged_once_as_that(tracker, workspace):
+    run = tracker.open("nan", "k", "k", "fold")
+    run.curve([{"step": 0, "loss": float("nan")}])
+    for _ in range(2):
+        run.metrics({"miou": float("nan")})
+    (kept,) = runs(tracker, "nan")
+    assert math.isnan(kept.data.metrics["loss"])
+    assert math.isnan(kept.data.metrics["miou"])
+    assert len(history(tracker, run.id, "miou")) == 1
 
 
 def test_logging_a_fold_twice_adds_nothing(tracker):
