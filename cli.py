@@ -344,16 +344,15 @@ def ui(
 
 @app.command()
 def model(
-    preset: Annotated[str, typer.Option(help="paper or debug.")] = "paper",
+    preset: Annotated[str, typer.Option(help="paper, official or debug.")] = "paper",
     channels: Annotated[int, typer.Option(help="Channels of the backbone; 768 for ViT-B.")] = 768,
 ) -> None:
     """Print the learnable parameters of a preset, part by part."""
     with mistakes():
-        from la.model import PRESETS, LabelAnything, ModelConfig
+        from la.model import LabelAnything
+        from la.model import preset as config_of
 
-        if preset not in PRESETS:
-            raise InputError(f"--preset {preset} is unknown. Choose one of {', '.join(PRESETS)}.")
-        parts = LabelAnything(ModelConfig(channels=channels, dim=PRESETS[preset])).parameter_table()
+        parts = LabelAnything(config_of(preset, channels=channels)).parameter_table()
         table = Table("part", "parameters", title=f"{preset}, {channels} backbone channels")
         for name, size in parts.items():
             table.add_row(name, f"{size:,}")

@@ -41,10 +41,10 @@ def prototype(batch: EpisodeBatch) -> Tensor:
     b, c = batch.slots.shape
     covered = torch.zeros(support.shape[:3], device=support.device)
     covered.scatter_reduce_(0, batch.pair_support[:, None, None].expand_as(coverage), coverage, "amax")
-    background = batch.pair_slot % c == 0
+    background = batch.pairs.slot % c == 0
     weight = torch.where(background[:, None, None], (1 - covered)[batch.pair_support], coverage)
     sums = torch.einsum("phwd,phw->pd", support[batch.pair_support], weight)
-    table = torch.zeros(b * c, sums.shape[-1], device=sums.device).index_add_(0, batch.pair_slot, sums)
+    table = torch.zeros(b * c, sums.shape[-1], device=sums.device).index_add_(0, batch.pairs.slot, sums)
     prototypes = F.normalize(table, dim=-1).view(b, c, -1)
     logits = torch.einsum("bhwd,bcd->bchw", query, prototypes)
     return logits.masked_fill(~batch.slots[:, :, None, None], -1e4)

@@ -3,19 +3,35 @@
 import torch
 from torch import Tensor, nn
 
-from la.attention import Attention, LayerNorm2d
+from la.attention import Attention, LayerNorm2d, TwoWayTransformer
 
 
-class MaskDecoder(nn.Module):
-    """Equations 5 to 7. As in the fusion, attentions have residuals and layer norms that the equations leave out."""
+class QueryClassAttention(nn.Module):
+    """Equations 5 and 6. As in the fusion, attentions have residuals and norms that the equations leave out."""
 
-    def __init__(self, dim: int, spatial_convs: bool, heads: int = 8):
+    def __init__(self, dim: int, heads: int = 8):
         super().__init__()
-        narrow = dim // 8
         self.image_to_class = Attention(dim, dim // 2, heads)
         self.class_to_image = Attention(dim, dim // 2, heads)
         self.image_norm = nn.LayerNorm(dim)
         self.class_norm = nn.LayerNorm(dim)
+
+    def forward(self, prototypes: Tensor, query: Tensor, place: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """prototypes E (B, C, D), query F_q (B, h*w, D), slots (B, C) bool -> both anew; `place` is not used."""
+        query = self.image_norm(query + self.image_to_class.spread(query, prototypes, prototypes, slots))  # equation 5
+        prototypes = self.class_norm(prototypes + self.class_to_image.gather(prototypes, query, query))  # equation 6
+        return prototypes, query
+
+
+class MaskDecoder(nn.Module):
+    """Equations 5 to 7. `feed_forward` channels make 5 and 6 the two-way transformer of the released model."""
+
+    def __init__(self, dim: int, heads: int = 8, spatial_convs: bool = True, feed_forward: int | None = None):
+        super().__init__()
+        narrow = dim // 8
+        self.attention = (
+            TwoWayTransformer(dim, heads, feed_forward) if feed_forward else QueryClassAttention(dim, heads)
+        )
         self.upscaling = nn.Sequential(
             nn.ConvTranspose2d(dim, dim // 4, 2, stride=2),
             LayerNorm2d(dim // 4),
@@ -39,14 +55,12 @@ class MaskDecoder(nn.Module):
             else nn.Identity()
         )
 
-    def forward(self, query: Tensor, prototypes: Tensor, slots: Tensor, grid: tuple[int, int]) -> Tensor:
-        """query F_q (B, h*w, D), prototypes E (B, C, D), slots (B, C) bool -> logits (B, C, 4h, 4w).
+    def forward(self, query: Tensor, prototypes: Tensor, place: Tensor, slots: Tensor, grid: tuple[int, int]) -> Tensor:
+        """query F_q (B, h*w, D), prototypes E (B, C, D), place PE (h*w, D), slots (B, C) bool -> (B, C, 4h, 4w).
 
         Slots that an episode does not have get a logit so low that no pixel takes them.
         """
-        query = self.image_norm(query + self.image_to_class.spread(query, prototypes, slots))  # equation 5
-        prototypes = self.class_norm(prototypes + self.class_to_image.gather(prototypes, query))  # equation 6
-        image = self.upscaling(query.transpose(1, 2).unflatten(2, grid))
-        image = self.spatial_convs(image)
+        prototypes, query = self.attention(prototypes, query, place, slots)
+        image = self.spatial_convs(self.upscaling(query.transpose(1, 2).unflatten(2, grid)))
         logits = torch.einsum("bdhw,bcd->bchw", image, self.class_mlp(prototypes))  # equation 7
         return logits.masked_fill(~slots[:, :, None, None], -1e4)

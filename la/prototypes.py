@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from la.attention import Attention
-from la.batch import EpisodeBatch
+from la.attention import Attention, SelfAttentionBlock, TwoWayTransformer
+from la.batch import Pairs
 
 
 class ImagePromptFusion(nn.Module):
@@ -21,36 +21,60 @@ class ImagePromptFusion(nn.Module):
         self.token_norm = nn.LayerNorm(dim)
         self.image_norm = nn.LayerNorm(dim)
 
-    def forward(self, image: Tensor, dense: Tensor, sparse: Tensor, valid: Tensor, position: Tensor) -> Tensor:
-        """image F_l and dense P_d (P, h*w, D), sparse P_s (P, T, D), valid (P, T), position (h*w, D) -> (P, D)."""
+    def forward(self, image: Tensor, dense: Tensor, sparse: Tensor, valid: Tensor, place: Tensor) -> Tensor:
+        """image F_l and dense P_d (P, h*w, D), sparse P_s (P, T, D), valid (P, T), place PE (h*w, D) -> (P, D)."""
         fused = image + dense  # equation 1
-        placed = fused + position
-        sparse = self.token_norm(sparse + self.token_to_image.gather(sparse, placed))  # equation 2
-        fused = self.image_norm(fused + self.image_to_token.spread(placed, sparse, valid))  # equation 3
+        placed = fused + place
+        sparse = self.token_norm(sparse + self.token_to_image.gather(sparse, placed, placed))  # equation 2
+        fused = self.image_norm(fused + self.image_to_token.spread(placed, sparse, sparse, valid))  # equation 3
+        return fused.mean(1)
+
+
+class TwoWayFusion(nn.Module):
+    """The fusion of the released model: a two-way transformer between prompts and image, of which the image is pooled.
+
+    Its tokens' last look at the image is in the released state dicts but has no effect, so it is not trained either.
+    """
+
+    def __init__(self, dim: int, heads: int, feed_forward: int):
+        super().__init__()
+        self.transformer = TwoWayTransformer(dim, heads, feed_forward)
+        for unused in (self.transformer.last_attention, self.transformer.last_norm):
+            unused.requires_grad_(False)
+
+    def forward(self, image: Tensor, dense: Tensor, sparse: Tensor, valid: Tensor, place: Tensor) -> Tensor:
+        """As `ImagePromptFusion.forward`."""
+        _, fused = self.transformer(sparse, image + dense, place, valid, image_only=True)
         return fused.mean(1)
 
 
 class ClassExampleMixer(nn.Module):
     """e_c = MeanPool(SelfAttn([e_{1,c} ... e_{L,c}])) over the pairs of one class, equation 4; or the plain mean.
 
-    Pairs that do not exist are masked. Attention works at width D/2 with a residual and a layer norm.
+    With `jointly`, attention goes over all pairs of the episode, whatever their class, as in the released model. Pairs
+    that do not exist are masked. Attention works at width D/2 with a residual and a layer norm.
     """
 
-    def __init__(self, dim: int, attend: bool, heads: int = 8):
+    def __init__(self, dim: int, heads: int = 8, attend: bool = True, feed_forward: int | None = None, jointly=False):
         super().__init__()
-        self.attention = Attention(dim, dim // 2, heads) if attend else None
-        self.norm = nn.LayerNorm(dim) if attend else None
+        self.jointly = jointly
+        self.block = SelfAttentionBlock(dim, dim // 2, heads, feed_forward) if attend else None
 
-    def forward(self, batch: EpisodeBatch, embeddings: Tensor) -> Tensor:
+    def forward(self, pairs: Pairs, embeddings: Tensor) -> Tensor:
         """embeddings (P, D) -> prototypes (B, C, D); zeros for a slot without pairs."""
-        episodes, slots = batch.slots.shape
-        at = (batch.pair_slot, batch.pair_example)
-        table = embeddings.new_zeros(episodes * slots, batch.examples, embeddings.shape[-1]).index_put(at, embeddings)
-        valid = batch.slots.new_zeros(table.shape[:2]).index_put(at, batch.slots.new_ones(len(embeddings)))
-        if self.attention is not None:
-            # an empty slot may attend anywhere: its mean is zero all the same, and a row of nothing would be NaN
-            attendable = valid | ~valid.any(1, keepdim=True)
-            table = self.norm(table + self.attention(table, table, table, attendable))
-        weights = valid.to(table.dtype)[..., None]
+        episodes, slots = pairs.slots.shape
+        if self.block is not None:
+            rows, row, column, columns = (
+                (episodes, pairs.episode, pairs.order, pairs.most_orders)
+                if self.jointly
+                else (episodes * slots, pairs.slot, pairs.example, pairs.most_examples)
+            )
+            table = embeddings.new_zeros(rows, columns, embeddings.shape[-1]).index_put((row, column), embeddings)
+            exists = pairs.slots.new_zeros(rows, columns).index_put((row, column), pairs.slots.new_ones(len(row)))
+            embeddings = self.block(table, exists)[row, column]
+        at = (pairs.slot, pairs.example)
+        shape = (episodes * slots, pairs.most_examples)
+        table = embeddings.new_zeros(*shape, embeddings.shape[-1]).index_put(at, embeddings)
+        weights = embeddings.new_zeros(shape).index_put(at, pairs.counted.to(embeddings.dtype))[..., None]
         mean = (table * weights).sum(1) / weights.sum(1).clamp(min=1)
         return mean.unflatten(0, (episodes, slots))

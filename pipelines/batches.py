@@ -1,6 +1,6 @@
 """Episodes of a store as tensors: features from its shards, masks from its annotations."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -13,21 +13,31 @@ from la.coco import IGNORED, Annotation, decode, label_map
 from la.episodes import Episode
 from pipelines.store import FeatureStore
 
-CACHED_MASKS = 20_000  # small masks kept in memory by each process: about 300 MB at 120 x 120
+CACHE_BYTES = 300e6  # of small masks kept in memory by each process
 
 
 class BatchBuilder:
-    """Packs episodes of one split of a store; masks come at `mask_size` px, four cells to a feature cell."""
+    """Packs episodes of one split of a store.
 
-    def __init__(self, store: FeatureStore, split: str):
+    The truth comes at four cells to a feature cell, mask prompts too or at `mask_px` a side.
+    """
+
+    def __init__(self, store: FeatureStore, split: str, mask_px: int | None = None):
         self.store = store
         self.dataset = store.dataset(split)
-        self.mask_size = tuple(4 * n for n in store.info.grid)
+        self.truth_size = tuple(4 * n for n in store.info.grid)
+        self.mask_size = (mask_px, mask_px) if mask_px else self.truth_size
         self._annotations = {a.id: a for found in self.dataset.annotations.values() for a in found}
-        self._coverage = lru_cache(CACHED_MASKS)(self._draw_coverage)
+        self._coverage = lru_cache(int(CACHE_BYTES / (self.mask_size[0] * self.mask_size[1])))(self._draw_coverage)
 
-    def pack(self, episodes: Sequence[Episode]) -> EpisodeBatch:
-        return pack(episodes, self.store.read_batch, self._mask, self._size)
+    def pack(self, episodes: Sequence[Episode], supports: range | None = None) -> EpisodeBatch:
+        """`supports`: only these positions of each episode's supports, see `la.batch.pack`."""
+        return pack(episodes, self.store.read_batch, self._mask, self._size, supports)
+
+    def chunks(self, episodes: Sequence[Episode], supports: int) -> Iterator[EpisodeBatch]:
+        """The episodes in batches of at most so many supports of each, each read when it is asked for."""
+        for start in range(0, max(len(e.supports) for e in episodes), supports):
+            yield self.pack(episodes, range(start, start + supports))
 
     def truth(self, episodes: Sequence[Episode]) -> Tensor:
         """(B, 4h, 4w) long: slots 0..N of each query at the decoder's own resolution, IGNORED where a crowd stands."""
@@ -44,20 +54,20 @@ class BatchBuilder:
     def _mask(self, image_id: int, annotation_ids: tuple[int, ...]) -> Tensor:
         union = np.zeros(self.mask_size, np.float32)
         for one in annotation_ids:
-            union += self._coverage(one)
+            union += self._coverage(one, self.mask_size)
         return torch.from_numpy(union.clip(max=255) / 255)
 
-    def _draw_coverage(self, annotation_id: int) -> np.ndarray:
-        """(4h, 4w) uint8: share of each cell that the instance covers, 255 = all."""
+    def _draw_coverage(self, annotation_id: int, size: tuple[int, int]) -> np.ndarray:
+        """(*size) uint8: share of each cell that the instance covers, 255 = all."""
         one: Annotation = self._annotations[annotation_id]
         mask = decode([one], *self._size(one.image_id)) * np.uint8(255)
-        return np.asarray(Pillow.fromarray(mask).resize(self.mask_size[::-1], Pillow.Resampling.BOX))
+        return np.asarray(Pillow.fromarray(mask).resize(size[::-1], Pillow.Resampling.BOX))
 
     def _small_truth(self, image_id: int, classes: Sequence[int]) -> Tensor:
         """The label map drawn from small masks, in the order in which `label_map` draws it."""
         slot = {category: i + 1 for i, category in enumerate(classes)}
-        labels = np.zeros(self.mask_size, np.int64)
+        labels = np.zeros(self.truth_size, np.int64)
         relevant = [a for a in self.dataset.annotations[image_id] if a.category_id in slot]
         for one in sorted(relevant, key=lambda a: (not a.is_crowd, -a.area, a.id)):
-            labels[self._coverage(one.id) > 127] = IGNORED if one.is_crowd else slot[one.category_id]
+            labels[self._coverage(one.id, self.truth_size) > 127] = IGNORED if one.is_crowd else slot[one.category_id]
         return torch.from_numpy(labels)

@@ -15,7 +15,7 @@ from la.batch import EpisodeBatch
 from la.device import autocast, pick_device
 from la.errors import InputError
 from la.metrics import FewShotIoU
-from la.model import load_state
+from la.model import LabelAnything, load_state
 from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig
 from pipelines.episodes import EpisodeShards, ensure_episodes, evaluation_plan
@@ -52,7 +52,7 @@ def evaluate(config: EvaluateConfig, on_progress: Callable[[int, int], None] | N
     store = FeatureStore(Workspace(config.workspace).find_store(config.store))
     device = pick_device(config.device)
     method, name = find_method(config, store, device)
-    builder = BatchBuilder(store, config.split)
+    builder = builder_for(method, store, config.split)
     total, per_seed, digests = FewShotIoU(), [], []
     for seed in range(config.seeds):
         shards = ensure_episodes(evaluation_plan(config, seed), store)
@@ -107,6 +107,11 @@ def find_method(config: EvaluateConfig, store: FeatureStore, device: torch.devic
             f"backbone, image size or data set. Pass --store {saved['store']}, or featurize with the same settings."
         )
     return model, f"la@{saved['step']}"
+
+
+def builder_for(method: Method, store: FeatureStore, split: str) -> BatchBuilder:
+    """With mask prompts of the size that the method takes."""
+    return BatchBuilder(store, split, method.config.mask_px if isinstance(method, LabelAnything) else None)
 
 
 def latest_run(workspace: Workspace, fold: int) -> Path:

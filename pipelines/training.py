@@ -14,9 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from la.batch import EpisodeBatch
 from la.device import autocast, pick_device
-from la.errors import InputError
 from la.losses import focal_loss
-from la.model import PRESETS, LabelAnything, ModelConfig, save_state
+from la.model import LabelAnything, ModelConfig, preset, save_state
 from la.schedules import warmup_cosine
 from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig, TrainConfig
@@ -84,15 +83,9 @@ def steps_of_epochs(config: TrainConfig, epochs: float) -> int:
 
 
 def model_config(config: TrainConfig, channels: int) -> ModelConfig:
-    if config.preset not in PRESETS:
-        raise InputError(f"--preset {config.preset} is unknown. Choose one of {', '.join(PRESETS)}.")
-    return ModelConfig(
-        channels=channels,
-        dim=config.dim or PRESETS[config.preset],
-        token_pool=config.token_pool,
-        class_example_mixer=config.class_example_mixer,
-        spatial_convs=config.spatial_convs,
-    )
+    switches = ("token_pool", "class_example_mixer", "spatial_convs")
+    changes = {name: getattr(config, name) for name in switches} | ({"dim": config.dim} if config.dim else {})
+    return preset(config.preset, channels=channels, **changes)
 
 
 def validation_plan(config: TrainConfig) -> Plan:
@@ -111,11 +104,12 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
     store = FeatureStore(Workspace(config.workspace).find_store(config.store))
     shards = ensure_episodes(training_plan(config), store)
     validation = ensure_episodes(validation_plan(config), store)
-    val_builder = BatchBuilder(store, "val")
+    shape = model_config(config, store.info.channels)
+    val_builder = BatchBuilder(store, "val", shape.mask_px)
     device = pick_device(config.device)
 
     torch.manual_seed(config.seed)
-    plain = LabelAnything(model_config(config, store.info.channels)).to(device)
+    plain = LabelAnything(shape).to(device)
     optimiser = torch.optim.AdamW(plain.parameters(), config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: warmup_cosine(step, config.warmup_steps, config.steps)
@@ -137,7 +131,7 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
     started = since - at["seconds"]
     episodes = 0
     done = at["step"] >= config.steps
-    batches = read_ahead(config, shards, BatchBuilder(store, "train"), worker, at["step"])
+    batches = read_ahead(config, shards, BatchBuilder(store, "train", shape.mask_px), worker, at["step"])
     while not done:
         batch, truth = next(batches)
         batch, truth = batch.to(device), truth.to(device, non_blocking=True)
