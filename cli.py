@@ -24,7 +24,6 @@ app.add_typer(sweep_app, name="sweep")
 app.add_typer(bench_app, name="bench")
 
 WORKSPACE = Path("workspace")
-LR = 3e-4
 WorkspaceOption = Annotated[
     Path, typer.Option("--workspace", envvar="LA_WORKSPACE", help="Folder of everything a study makes.")
 ]
@@ -44,8 +43,13 @@ WeightsOption = Annotated[
 ]
 SizeOption = Annotated[int, typer.Option("--image-size", help="Side in pixels that photos are resized to.")]
 BatchScaleOption = Annotated[
-    float, typer.Option("--batch-scale", help="Times B in the paper's (B, N, K); 0.5 halves memory and time of a step.")
+    float, typer.Option("--batch-scale", help="Times B in the recipe's (B, N, K); 0.5 halves memory and time.")
 ]
+RecipeOption = Annotated[
+    Literal["small", "paper", "official"],
+    typer.Option(help="Training settings that belong together: for a few hundred photos, the paper's, the released."),
+]
+LrOption = Annotated[float | None, typer.Option(help="Learning rate after warm-up; default: the recipe's.")]
 PromptOption = Annotated[Literal["mask", "point", "box", "point_box"], typer.Option(help="Prompts on the supports.")]
 
 
@@ -188,17 +192,22 @@ def train(
         float | None, typer.Option(help="Instead of --steps; one epoch is as many episodes as training photos.")
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop at the first checkpoint after this long.")] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate after warm-up.")] = LR,
+    recipe: RecipeOption = "small",
+    lr: LrOption = None,
     batch_scale: BatchScaleOption = 1.0,
     val_every: Annotated[int, typer.Option(min=1, help="Steps between validations on seen classes.")] = 250,
-    preset: Annotated[str, typer.Option(help="paper (1.4 M parameters) or debug (tiny).")] = "paper",
+    preset: Annotated[str, typer.Option(help="paper (1.4 M parameters), official (10.1 M) or debug (tiny).")] = "paper",
     dim: Annotated[int | None, typer.Option(help="D, channels after the neck; default the preset's.")] = None,
     token_pool: Annotated[bool, typer.Option(help="The token pool.")] = True,
     mixer: Annotated[bool, typer.Option(help="The class-example mixer.")] = True,
     spatial_convs: Annotated[bool, typer.Option(help="The decoder's spatial convolutions.")] = True,
+    warmup_steps: Annotated[
+        int | None, typer.Option(min=0, help="Steps of rising learning rate; default: the recipe's.")
+    ] = None,
     class_weights: Annotated[
-        Literal["inverse", "log", "none"], typer.Option(help="How the loss weighs a class by its share of pixels.")
-    ] = "inverse",
+        Literal["inverse", "log", "log_batch", "none"] | None,
+        typer.Option(help="How the loss weighs a class by its share of pixels; default: the recipe's."),
+    ] = None,
     val_episodes: Annotated[
         int, typer.Option(min=1, help="Episodes of seen classes that choose the checkpoint.")
     ] = 100,
@@ -207,6 +216,7 @@ def train(
     store: StoreOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile; pays on long runs on a GPU.")] = False,
 ) -> None:
     """Train LA on the 60 seen classes of a fold. Killed and started again, it goes on from the last checkpoint."""
     with mistakes():
@@ -222,19 +232,18 @@ def train(
             workers=workers,
             steps=steps,
             minutes=minutes,
-            lr=lr,
-            batches=scaled_batches(batch_scale),
+            **of_recipe(recipe, batch_scale, lr=lr, class_weights=class_weights, warmup_steps=warmup_steps),
             val_every=val_every,
             preset=preset,
             dim=dim,
             token_pool=token_pool,
             class_example_mixer=mixer,
             spatial_convs=spatial_convs,
-            class_weights=class_weights,
             val_episodes=val_episodes,
             seed=seed,
             device=device,
             threads=threads,
+            compile=compile,
         )
         if epochs is not None:
             config = config.model_copy(update={"steps": steps_of_epochs(config, epochs)})
@@ -366,7 +375,8 @@ def ablations(
     folds: FoldsOption = "0",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each variant.")] = 2000,
     minutes: Annotated[float | None, typer.Option(help="Stop each training after this long.")] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate after warm-up.")] = LR,
+    recipe: RecipeOption = "small",
+    lr: LrOption = None,
     batch_scale: BatchScaleOption = 1.0,
     variants: Annotated[str | None, typer.Option(help="Such as complete,no_mixer; default: all.")] = None,
     seeds: SeedsOption = 5,
@@ -396,7 +406,7 @@ def ablations(
             store=store,
             folds=numbers(folds, "--folds"),
             variants=variants.split(",") if variants else None,
-            train={"steps": steps, "minutes": minutes, "lr": lr, "batches": scaled_batches(batch_scale)},
+            train={"steps": steps, "minutes": minutes} | of_recipe(recipe, batch_scale, lr=lr),
             shots=numbers(shots, "--shots"),
             seeds=seeds,
             episodes=count,
@@ -494,10 +504,13 @@ def show_bench(result) -> None:
         raise typer.Exit(1)
 
 
-def scaled_batches(scale: float) -> tuple[tuple[int, int, int], ...]:
-    from pipelines.config import PAPER_BATCHES
+def of_recipe(recipe: str, scale: float, **given) -> dict:
+    """Fields of TrainConfig: the recipe, its batches times `scale`, and what is given in its place."""
+    from pipelines.config import PAPER_BATCHES, RECIPES
 
-    return tuple((max(1, round(scale * b)), n, k) for b, n, k in PAPER_BATCHES)
+    batches = RECIPES[recipe].get("batches", PAPER_BATCHES)
+    scaled = tuple((max(1, round(scale * b)), n, k) for b, n, k in batches)
+    return {"recipe": recipe, "batches": scaled} | {name: value for name, value in given.items() if value is not None}
 
 
 def numbers(text: str, flag: str) -> list[int]:

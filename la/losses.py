@@ -7,7 +7,7 @@ from torch import Tensor
 
 from la.coco import IGNORED
 
-ClassWeights = Literal["inverse", "log", "none"]
+ClassWeights = Literal["inverse", "log", "log_batch", "none"]
 LEAST_SHARE = 0.005  # of the query's pixels: below it a class's weight no longer grows
 
 
@@ -15,10 +15,12 @@ def focal_loss(logits: Tensor, truth: Tensor, gamma: float = 2.0, class_weights:
     """Mean over episodes of the focal loss (1 - p_y)^gamma (-log p_y), pixels weighed by their class.
 
     logits (B, C, H, W), truth (B, H, W) long with IGNORED pixels left out. Weights depend on a class's share of its own
-    query's pixels, so that batch mates and ranks change nothing:
+    query's pixels, so that batch mates and ranks change nothing (with one exception):
 
     - "inverse": 1 / share, as a weighted mean: every class of the query counts alike, however small;
     - "log": 1 / ln(1.1 + share), a plain mean: nearer to counting pixels, so small objects are easily given up;
+    - "log_batch": the same with shares over the whole batch, slot by slot, as the released model was trained: batch
+      mates and the number of ranks do change it;
     - "none".
 
     The paper says "per-class weighting proportional to the number of pixels"; weights that grow with it would deepen
@@ -33,6 +35,8 @@ def focal_loss(logits: Tensor, truth: Tensor, gamma: float = 2.0, class_weights:
     if class_weights != "none":
         flat = target.flatten(1)
         pixels = logits.new_zeros(logits.shape[:2], dtype=loss.dtype).scatter_add_(1, flat, counted.flatten(1))
+        if class_weights == "log_batch":
+            pixels = pixels.sum(0, keepdim=True).expand_as(pixels)
         share = pixels / pixels.sum(1, keepdim=True).clamp(min=1)
         of_class = 1 / share.clamp(min=LEAST_SHARE) if class_weights == "inverse" else 1 / torch.log(1.1 + share)
         weight = counted * of_class.gather(1, flat).view_as(loss)

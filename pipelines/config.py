@@ -3,14 +3,36 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from la.losses import ClassWeights
+from la.schedules import Schedule
 from pipelines.workspace import digest
 
 Prompt = Literal["mask", "point", "box", "point_box"]
 # (B, N, K) of a training batch on one worker (section 5.2)
 PAPER_BATCHES = ((4, 1, 4), (2, 4, 2), (8, 1, 2), (4, 2, 2), (4, 4, 1), (16, 1, 1))
+OFFICIAL_BATCHES = ((2, 1, 4), (2, 4, 2), (2, 1, 2), (4, 2, 2), (4, 4, 1), (16, 1, 1))
+# Settings that belong together; those that are given win over the recipe's.
+RECIPES: dict[str, dict[str, Any]] = {
+    "small": {},  # the defaults below, found on a few hundred photos
+    "paper": {  # section 5.2, for all of COCO
+        "batches": PAPER_BATCHES,
+        "lr": 1e-5,
+        "warmup_steps": 1000,
+        "schedule": "cosine",
+        "class_weights": "inverse",
+        "ema": 0.0,
+    },
+    "official": {  # of the released checkpoints
+        "batches": OFFICIAL_BATCHES,
+        "lr": 5e-5,
+        "warmup_steps": 1000,
+        "schedule": "constant",
+        "class_weights": "log_batch",
+        "ema": 0.0,
+    },
+}
 PROMPTS: tuple[Prompt, ...] = ("mask", "point", "box", "point_box")
 
 
@@ -47,11 +69,12 @@ class TrainConfig(Settings):
     fold: int = 0  # COCO-20i fold whose 20 classes stay unseen
     seed: int = 0
     # model: switches of la.model.ModelConfig
-    preset: str = "paper"
+    preset: str = "paper"  # or "official", "debug"
     dim: int | None = None  # D, channels after the neck; None: the preset's
     token_pool: bool = True
     class_example_mixer: bool = True
     spatial_convs: bool = True
+    recipe: Literal["small", "paper", "official"] = "small"  # sets what is not given, see RECIPES
     # data
     batches: tuple[tuple[int, int, int], ...] = PAPER_BATCHES  # (B, N, K), one drawn for each step
     prompts: tuple[Literal["mask", "point", "box"], ...] = Field(("mask", "point", "box"), min_length=1)
@@ -61,6 +84,7 @@ class TrainConfig(Settings):
     lr: float = Field(3e-4, gt=0)  # after warm-up
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(100, ge=0)
+    schedule: Schedule = "cosine"  # after warm-up, changed at every step
     gamma: float = Field(2.0, ge=0)  # focal loss exponent
     ema: float = Field(0.99, ge=0, lt=1)  # decay per step of the moving average of weights that is validated and kept
     class_weights: ClassWeights = "inverse"  # how pixels of a class weigh, see la.losses
@@ -73,11 +97,17 @@ class TrainConfig(Settings):
     workers: int = Field(0, ge=0)  # 0: in this process; n: Ray Train workers
     device: str = "auto"
     threads: int | None = None  # torch threads of each worker; None: what torch takes
+    compile: bool = False  # torch.compile: pays on long runs on a GPU
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_recipe(cls, given: Any) -> Any:
+        return RECIPES.get(given.get("recipe"), {}) | given if isinstance(given, dict) else given
 
     @property
     def run_name(self) -> str:
         """Name of the run's folder: readable, and a digest of every setting that changes the result."""
-        settings = self.model_dump(mode="json", exclude={"workspace", "threads", "device"})
+        settings = self.model_dump(mode="json", exclude={"workspace", "threads", "device", "compile"})
         return f"{self.preset}-fold{self.fold}-seed{self.seed}-{digest(settings, 8)}"
 
 

@@ -16,7 +16,7 @@ from la.batch import EpisodeBatch
 from la.device import autocast, pick_device
 from la.losses import focal_loss
 from la.model import LabelAnything, ModelConfig, preset, save_state
-from la.schedules import warmup_cosine
+from la.schedules import factor
 from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.episodes import EpisodeShards, Plan, ensure_episodes, evaluation_plan, training_plan
@@ -112,7 +112,7 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
     plain = LabelAnything(shape).to(device)
     optimiser = torch.optim.AdamW(plain.parameters(), config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: warmup_cosine(step, config.warmup_steps, config.steps)
+        optimiser, lambda step: factor(config.schedule, step, config.warmup_steps, config.steps)
     )
     # Single steps on few episodes swing the balance of background and classes; what counts is the moving average.
     average = AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -124,7 +124,7 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
         optimiser.load_state_dict(saved["optimiser"])
         schedule.load_state_dict(saved["schedule"])
         at = saved["at"]
-    model = worker.wrap(plain)
+    model = worker.wrap(torch.compile(plain) if config.compile else plain)
 
     losses: list[Tensor] = []
     since = time.perf_counter()
