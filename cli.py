@@ -370,6 +370,46 @@ def model(
         console.print(table)
 
 
+@app.command("import-official")
+def import_official(
+    source: Annotated[str, typer.Argument(help="A .safetensors or .pt file, or hf://owner/name.")],
+    fold: Annotated[int, typer.Option(help="The COCO-20i fold that it was not trained on.")],
+    out: Annotated[Path | None, typer.Option(help="Where to; default: a folder in the workspace's runs.")] = None,
+    absent_pairs: Annotated[
+        bool, typer.Option(help="Let absent pairs into the mixer, as released checkpoints were trained; slower.")
+    ] = True,
+    workspace: WorkspaceOption = WORKSPACE,
+) -> None:
+    """Turn a checkpoint of the official implementation into one that evaluate takes."""
+    with mistakes():
+        from la.coco import FOLDS
+        from pipelines.official import import_official as run
+        from pipelines.workspace import Workspace
+
+        if fold not in range(FOLDS):
+            raise InputError(f"--fold is {fold}; expected 0 to {FOLDS - 1}.")
+        out = out or Workspace(workspace).runs / f"official-{Path(source).stem}-fold{fold}" / "best.pt"
+        model = run(source, fold, out, absent_pairs)
+        config = model.config
+        parts = ("token_pool", "class_example_mixer", "spatial_convs")
+        console.print(f"{sum(model.parameter_table().values()):,} parameters, {config.channels} backbone channels")
+        console.print(", ".join(f"{part}: {'yes' if getattr(config, part) else 'no'}" for part in parts))
+        console.print(f"checkpoint: {out}", highlight=False, soft_wrap=True)
+
+
+@app.command("export-official")
+def export_official(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's best.pt, of the official preset.")],
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+) -> None:
+    """Write a checkpoint under the parameter names of the official implementation."""
+    with mistakes():
+        from pipelines.official import export_official as run
+
+        run(checkpoint, out)
+        console.print(f"weights: {out}", highlight=False, soft_wrap=True)
+
+
 @sweep_app.command()
 def ablations(
     folds: FoldsOption = "0",

@@ -1,6 +1,6 @@
 """Label Anything from backbone features to logits (paper section 4, figure 1)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -86,16 +86,15 @@ class LabelAnything(nn.Module):
         self.mixer = ClassExampleMixer(dim, heads, config.class_example_mixer, block, jointly=bool(block))
         self.decoder = MaskDecoder(dim, heads, config.spatial_convs, wide)
 
-    def forward(self, batch: EpisodeBatch, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, batch: EpisodeBatch, seeds: Sequence[int] | None = None) -> Tensor:
         """Logits (B, C, 4h, 4w), slot 0 the background.
 
-        `generator` draws the token-pool rows (training); without it they are fixed, so evaluation is deterministic.
+        `seeds` draw the token-pool rows of each episode (training); without them the rows are fixed, so evaluation is
+        deterministic.
         """
-        return self.decode(batch.query, self.prototypes(batch, generator), batch.slots)
+        return self.decode(batch.query, self.prototypes(batch, seeds), batch.slots)
 
-    def prototypes(
-        self, supports: EpisodeBatch | Iterable[EpisodeBatch], generator: torch.Generator | None = None
-    ) -> Tensor:
+    def prototypes(self, supports: EpisodeBatch | Iterable[EpisodeBatch], seeds: Sequence[int] | None = None) -> Tensor:
         """Class prototypes E (B, C, D) from the supports alone.
 
         `supports` in chunks (see `pack`) gives the same in the memory of one chunk, whatever the number of shots.
@@ -106,7 +105,9 @@ class LabelAnything(nn.Module):
             if self.config.absent_pairs:
                 chunk = dense_grid(chunk)
             if rows is None and self.prompt_encoder.pool is not None:
-                rows = self.prompt_encoder.pool.draw(*chunk.slots.shape, generator).to(chunk.support.device)
+                pool, (episodes, slots) = self.prompt_encoder.pool, chunk.slots.shape
+                rows = pool.draw(seeds, slots) if seeds is not None else pool.fixed(episodes, slots)
+                rows = rows.to(chunk.support.device, non_blocking=True)
             parts.append(chunk.pairs)
             embeddings.append(self.embed(chunk, rows))
         return self.mixer(parts[0] if len(parts) == 1 else Pairs.merged(parts), torch.cat(embeddings))

@@ -1,5 +1,7 @@
 """Prompt encoding and the token pool (paper section 4.2, "Prompt Encoding")."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,13 +19,17 @@ class TokenPool(nn.Module):
         super().__init__()
         self.rows = nn.Parameter(torch.randn(rows, dim) * 0.02)
 
-    def draw(self, episodes: int, slots: int, generator: torch.Generator | None) -> Tensor:
-        """(episodes, slots) row numbers, different within an episode; 0, 1, 2, ... without a generator (evaluation)."""
-        if generator is None:
-            return torch.arange(slots).expand(episodes, -1)
-        scores = torch.rand(episodes, len(self.rows) - 1, generator=generator)
-        drawn = 1 + scores.topk(slots - 1, dim=1).indices
-        return F.pad(drawn, (1, 0))
+    def draw(self, seeds: Sequence[int], slots: int) -> Tensor:
+        """(len(seeds), slots) row numbers, different within an episode, each episode's drawn by a seed of its own."""
+        drawn = []
+        for seed in seeds:
+            scores = torch.rand(len(self.rows) - 1, generator=torch.Generator().manual_seed(seed))
+            drawn.append(1 + scores.topk(slots - 1).indices)
+        return F.pad(torch.stack(drawn), (1, 0))
+
+    def fixed(self, episodes: int, slots: int) -> Tensor:
+        """(episodes, slots): 0, 1, 2, ... in each, for evaluation."""
+        return torch.arange(slots).expand(episodes, -1)
 
 
 class PromptEncoder(nn.Module):

@@ -101,7 +101,12 @@ def find_method(config: EvaluateConfig, store: FeatureStore, device: torch.devic
             f"--checkpoint {path} was trained on fold {saved['fold']}, so it has seen classes of fold {config.fold}. "
             f"Use --fold {saved['fold']} or another checkpoint."
         )
-    if saved["store"] != store.key:
+    if saved["store"] is None and model.config.channels != store.info.channels:
+        raise InputError(
+            f"--checkpoint {path} takes features of {model.config.channels} channels, but those of store {store.key} "
+            f"({store.info.backbone}) have {store.info.channels}. Featurize with the backbone it was trained on."
+        )
+    if saved["store"] not in (None, store.key):
         raise InputError(
             f"--checkpoint {path} was trained on features {saved['store']}, but the store is {store.key}: another "
             f"backbone, image size or data set. Pass --store {saved['store']}, or featurize with the same settings."

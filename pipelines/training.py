@@ -135,9 +135,11 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
     while not done:
         batch, truth = next(batches)
         batch, truth = batch.to(device), truth.to(device, non_blocking=True)
-        rows = torch.Generator().manual_seed(_number(config.seed, at["step"], worker.rank))
+        # by an episode's place in the step, over all ranks: the number of workers changes nothing
+        first = worker.rank * len(truth)
+        seeds = [_number(config.seed, at["step"], first + b) for b in range(len(truth))]
         with autocast(device):
-            logits = model(batch, rows)
+            logits = model(batch, seeds)
         loss = focal_loss(logits, truth, config.gamma, config.class_weights)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

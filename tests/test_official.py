@@ -9,6 +9,7 @@ from la.batch import EpisodeBatch, Pairs, ranks
 from la.errors import InputError
 from la.model import LabelAnything, preset
 from la.official import from_official, to_official
+from pipelines.official import export_official, import_official
 from tests.conftest import SHARED
 
 CASES = ("mask_1way_1shot", "mask_2way_1shot_partial", "mask_3way_one_image", "box_point_mask_2way_2shot")
@@ -69,7 +70,7 @@ def test_logits_agree_with_the_official_model(reference, name):
     model = from_official(under(reference, "state/")).eval()
     case = under(reference, f"{name}/in/")
     expected = under(reference, f"{name}/out/")
-    model.prompt_encoder.pool.draw = lambda episodes, slots, _: reference["rows"][:slots].expand(episodes, -1)
+    model.prompt_encoder.pool.fixed = lambda episodes, slots: reference["rows"][:slots].expand(episodes, -1)
     with torch.inference_mode():
         low = model(packed(case))
     for ours, theirs in (
@@ -122,3 +123,67 @@ def test_what_does_not_fit_is_listed():
 def test_other_presets_have_no_official_form():
     with pytest.raises(InputError, match="official preset"):
         to_official(LabelAnything(preset("debug")))
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A file as official training scripts leave it."""
+    torch.manual_seed(0)
+    made = LabelAnything(preset("official", **TINY))
+    path = tmp_path / "released.pt"
+    torch.save({"model": {f"module.{name}": t for name, t in to_official(made).items()}, "epoch": 3}, path)
+    return path
+
+
+def test_a_file_becomes_a_checkpoint_and_a_file_again(released, tmp_path):
+    ours, theirs, again = tmp_path / "runs" / "best.pt", tmp_path / "exported.safetensors", tmp_path / "again.pt"
+    model = import_official(str(released), 2, ours)
+    saved = torch.load(ours, weights_only=True)
+    assert (saved["fold"], saved["store"]) == (2, None)
+    assert model.config.absent_pairs
+    export_official(ours, theirs)
+    import_official(str(theirs), 2, again)
+    states = [torch.load(path, weights_only=True)["state"] for path in (ours, again)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_a_hub_is_asked_for_the_weights_of_a_repository(released, tmp_path, monkeypatch):
+    asked = []
+
+    def download(repository, file):
+        asked.append((repository, file))
+        return str(released)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    import_official("hf://someone/label-anything", 0, tmp_path / "a.pt")
+    import_official("hf://someone/label-anything/fold0/weights.pt", 0, tmp_path / "b.pt")
+    assert asked == [("someone/label-anything", "model.safetensors"), ("someone/label-anything", "fold0/weights.pt")]
+    with pytest.raises(InputError, match="owner/name"):
+        import_official("hf://alone", 0, tmp_path / "c.pt")
+
+
+class Sly:
+    def __reduce__(self):
+        return print, ("code was run",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (Sly(), "more than tensors"),
+        ([1, 2], "holds list"),
+        (None, "is not there"),
+        (b"not a checkpoint", "cannot be read|more than tensors"),
+    ],
+)
+def test_a_source_that_is_no_checkpoint_is_refused_unrun(content, message, tmp_path, capsys):
+    path = tmp_path / "odd.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=message):
+        import_official(str(path), 0, tmp_path / "out.pt")
+    assert "code was run" not in capsys.readouterr().out
+    assert not (tmp_path / "out.pt").exists()

@@ -8,11 +8,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from la.errors import InputError
+from la.model import LabelAnything
+from la.model import preset as preset_of
+from la.official import to_official
 from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.episodes import draw, ensure_episodes, evaluation_plan, training_plan
 from pipelines.evaluate import evaluate
 from pipelines.featurize import featurize
+from pipelines.official import import_official
 from pipelines.store import FeatureStore
 from pipelines.training import Worker, read_ahead, run_dir_of, train, train_loop
 from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS
@@ -159,18 +163,42 @@ def _two_workers(rank, config, port, shared):
     dist.destroy_process_group()
 
 
-def test_two_gloo_workers_train_one_model(workspace):
-    config = settings(workspace, lr=2e-3, workers=2)
+def train_on_two(config):
+    """Number of reports of each rank."""
     run_dir_of(config).mkdir(parents=True)
     (run_dir_of(config) / "config.json").write_text(config.model_dump_json())
-    store = FeatureStore(next((workspace / "features").iterdir()))
-    ensure_episodes(training_plan(config), store)
+    ensure_episodes(training_plan(config), FeatureStore(next((config.workspace / "features").iterdir())))
     shared = mp.get_context("spawn").Manager().dict()
     mp.spawn(_two_workers, (config, _free_port(), shared), nprocs=2)
+    return shared
+
+
+def test_two_gloo_workers_train_one_model(workspace):
+    config = settings(workspace, lr=2e-3, workers=2)
+    shared = train_on_two(config)
     assert shared[0] > 0
     assert shared[1] == 0, "only rank 0 reports"
     result = json.loads((run_dir_of(config) / "result.json").read_text())
     assert result["step"] == 12
+
+
+@pytest.mark.parametrize("preset", ["debug", "official"])
+def test_two_workers_at_half_the_batch_have_the_gradients_of_one(workspace, preset):
+    one = settings(workspace, preset=preset, dim=32, batches=((4, 1, 1), (4, 2, 1)), steps=1)
+    two = one.model_copy(update={"batches": ((2, 1, 1), (2, 2, 1)), "workers": 2})
+    train(one)
+    train_on_two(two)
+
+    def gradients(config):
+        state = torch.load(run_dir_of(config) / "last.pt", weights_only=True)["optimiser"]["state"]
+        return {number: each["exp_avg"] / 0.1 for number, each in state.items()}  # after one step
+
+    alone, together = gradients(one), gradients(two)
+    assert any(gradient.abs().max() > 1e-3 for gradient in alone.values())
+    # what no episode used has a zero of one worker and nothing of two, or the other way round
+    for number in alone.keys() | together.keys():
+        ours, theirs = (found.get(number, torch.zeros(1)) for found in (together, alone))
+        torch.testing.assert_close(ours.expand_as(theirs), theirs, atol=1e-5, rtol=0)
 
 
 def _free_port():
@@ -195,6 +223,19 @@ def test_a_checkpoint_is_refused_on_classes_it_has_seen(workspace):
     run = train(settings(workspace))
     with pytest.raises(InputError, match="trained on fold 0, so it has seen classes of fold 1"):
         evaluate(EvaluateConfig(workspace=workspace, checkpoint=run.run_dir, fold=1, seeds=1, episodes=2))
+
+
+def test_an_imported_checkpoint_is_evaluated_on_features_of_its_channels(workspace, tmp_path):
+    tiny = {"dim": 32, "two_way_ffn": 24, "block_ffn": 40}
+    for channels in (128, 12):
+        torch.manual_seed(0)
+        state = to_official(LabelAnything(preset_of("official", channels=channels, **tiny)))
+        torch.save(state, tmp_path / f"{channels}.pt")
+        import_official(str(tmp_path / f"{channels}.pt"), 0, tmp_path / str(channels) / "best.pt")
+    config = EvaluateConfig(workspace=workspace, checkpoint=tmp_path / "128", ways=2, shots=2, seeds=1, episodes=3)
+    assert 0 <= evaluate(config).miou < 100
+    with pytest.raises(InputError, match="takes features of 12 channels"):
+        evaluate(config.model_copy(update={"checkpoint": tmp_path / "12"}))
 
 
 def test_an_untrained_fold_says_what_to_run(workspace):
