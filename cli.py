@@ -4,6 +4,7 @@ featurize, episodes, train, evaluate: one model.  featurize, sweep ablations, ui
 demo: all of it on scenes drawn on the spot, without a download.
 """
 
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -535,6 +536,31 @@ def bench_episodes(
         from pipelines.workspace import Workspace
 
         show_bench(run(Workspace(workspace).find_store(store), fold, repeats=repeats))
+
+
+@bench_app.command("model")
+def bench_model(
+    preset: Annotated[str, typer.Option(help="paper, official or debug.")] = "official",
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of passes; the median counts.")] = 5,
+    threads: ThreadsOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+) -> None:
+    """Annotated pairs packed against the dense grid of supports and classes; the memory of 1 and of 20 shots."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler talks of its set-up otherwise
+    with mistakes():
+        import torch
+
+        from pipelines.bench_model import bench_model as run
+        from pipelines.workspace import Workspace
+
+        if threads:
+            torch.set_num_threads(threads)
+        results = run(Workspace(workspace).find_store(store), preset, repeats)
+        for result in results:
+            console.print(str(result), highlight=False, markup=False)
+        if not all(result.passed for result in results):
+            raise typer.Exit(1)
 
 
 def show_bench(result) -> None:

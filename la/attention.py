@@ -14,6 +14,8 @@ class Attention(nn.Module):
     the same result without: a projection of the map is moved over to the tokens' side, since q (W x) = (q W) x.
     """
 
+    absorb = True  # False: always project the map, for comparison
+
     def __init__(self, dim: int, inner: int | None = None, heads: int = 8):
         super().__init__()
         inner = inner or dim
@@ -68,7 +70,7 @@ class Attention(nn.Module):
 
     def _absorbs(self, tokens: Tensor) -> bool:
         """Whether moving the projections over is less work: each token costs the map one row per head."""
-        return tokens.shape[1] * self.heads <= self.q_proj.out_features
+        return self.absorb and tokens.shape[1] * self.heads <= self.q_proj.out_features
 
     def _by_head(self, projection: nn.Linear) -> Tensor:
         """(heads, inner / heads, D) weights."""

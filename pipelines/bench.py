@@ -61,7 +61,7 @@ def bench_store(store_path: Path, images: int = 300, repeats: int = 5) -> BenchR
             for k in order:
                 np.array(raw[k])
 
-        ours, theirs = _in_turn(from_store, from_raw, orders)
+        ours, theirs = in_turn(from_store, from_raw, turns=orders)
     return BenchResult(
         "store: random read against a raw memory map",
         ratio=statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
@@ -125,7 +125,7 @@ def bench_featurize(
                     features = maker.backbone(batch)
             features.cpu()  # on a GPU the calls above return before their work is done
 
-        ours, theirs = _in_turn(whole, bare, list(range(repeats)))
+        ours, theirs = in_turn(whole, bare, turns=list(range(repeats)))
     return BenchResult(
         "featurize: photos to Parquet against the bare ViT",
         ratio=statistics.median(b / a for a, b in zip(ours, theirs, strict=True)),
@@ -152,7 +152,7 @@ def bench_episodes(store_path: Path, fold: int = 0, repeats: int = 5, count: int
         for group, size in enumerate(sizes):
             draw(plan, store, group, 0, round(count * size / sum(sizes)))
 
-    seconds, _ = _in_turn(once, lambda _: None, list(range(repeats)))
+    (seconds,) = in_turn(once, turns=list(range(repeats)))
     rate = count / statistics.median(seconds)
     return BenchResult(
         "episodes: drawn a second on one core, against 2,000",
@@ -163,14 +163,14 @@ def bench_episodes(store_path: Path, fold: int = 0, repeats: int = 5, count: int
     )
 
 
-def _in_turn(first: Callable, second: Callable, turns: list) -> tuple[list[float], list[float]]:
-    """Seconds of each call: first, second, second, first, ... after one untimed turn of both."""
-    seconds: dict[Callable, list[float]] = {first: [], second: []}
-    first(turns[0])
-    second(turns[0])
+def in_turn(*ways: Callable, turns: list) -> tuple[list[float], ...]:
+    """Seconds of each call of each way: forwards, backwards, forwards, ... after one untimed turn of all."""
+    seconds: dict[Callable, list[float]] = {way: [] for way in ways}
+    for way in ways:
+        way(turns[0])
     for number, turn in enumerate(turns):
-        for way in (first, second) if number % 2 == 0 else (second, first):
+        for way in ways if number % 2 == 0 else reversed(ways):
             started = time.perf_counter()
             way(turn)
             seconds[way].append(time.perf_counter() - started)
-    return seconds[first], seconds[second]
+    return tuple(seconds.values())

@@ -4,6 +4,10 @@ import pytest
 
 from la.errors import InputError
 from pipelines.bench import BenchResult, bench_featurize
+from pipelines.bench_model import bench_model
+from pipelines.config import FeaturizeConfig
+from pipelines.demo.scenes import draw_scenes
+from pipelines.featurize import featurize
 from tests.conftest import TINY
 
 
@@ -20,3 +24,19 @@ def test_a_ratio_passes_on_its_side_of_the_bar(ratio, sense, passed):
 def test_more_photos_than_there_are_is_refused(tiny_coco, tiny_weights):
     with pytest.raises(InputError, match="--images is 99, but"):
         bench_featurize(tiny_coco, TINY["backbone"], tiny_weights, TINY["image_size"], images=99)
+
+
+def test_the_model_is_measured_packed_and_dense(tmp_path, tiny_weights):
+    scenes = draw_scenes(tmp_path / "scenes", train_images=200, val_images=10)
+    store = featurize(FeaturizeConfig(workspace=tmp_path, coco_dir=scenes, weights=tiny_weights, **TINY)).store
+    results = bench_model(store, "debug", repeats=1)
+    training, memory, evaluation, shots, query = results
+    assert training.details["pairs dense"] == 2 * (4 * 2) * (
+        4 + 1
+    )  # B episodes, N*K supports, N classes and background
+    assert training.details["pairs packed"] < training.details["pairs dense"]
+    assert evaluation.details["pairs dense"] == (5 * 5) * (5 + 1)
+    assert memory.passed  # bytes are the same on every run, unlike seconds
+    assert shots.passed
+    assert shots.details["chunked differs by"] < 1e-5
+    assert query.ratio > 0
