@@ -51,7 +51,14 @@ RecipeOption = Annotated[
     typer.Option(help="Training settings that belong together: for a few hundred photos, the paper's, the released."),
 ]
 LrOption = Annotated[float | None, typer.Option(help="Learning rate after warm-up; default: the recipe's.")]
-PromptOption = Annotated[Literal["mask", "point", "box", "point_box"], typer.Option(help="Prompts on the supports.")]
+PromptOption = Annotated[
+    Literal["mask", "point", "box", "point_box", "mixed"],
+    typer.Option(help="Prompts on the supports; mixed: each instance a mask, points or a box."),
+]
+SupportsOption = Annotated[
+    Literal["fixed", "varied"],
+    typer.Option(help="K shots of every class, or 1 to K, where a photo of several classes counts for each."),
+]
 
 
 @contextmanager
@@ -128,6 +135,7 @@ def episodes(
     ways: Annotated[str, typer.Option(help="Ways of the test episodes, such as 1,2.")] = "1,2",
     shots: Annotated[str, typer.Option(help="Shots of the test episodes, such as 1,5.")] = "1",
     prompt: PromptOption = "mask",
+    supports: SupportsOption = "fixed",
     seeds: SeedsOption = 5,
     count: EpisodesOption = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the training episodes.")] = 0,
@@ -150,7 +158,13 @@ def episodes(
             for n in numbers(ways, "--ways"):
                 for k in numbers(shots, "--shots"):
                     tested = EvaluateConfig(
-                        workspace=workspace, fold=fold, ways=n, shots=k, prompt=prompt, episodes=count
+                        workspace=workspace,
+                        fold=fold,
+                        ways=n,
+                        shots=k,
+                        prompt=prompt,
+                        supports=supports,
+                        episodes=count,
                     )
                     plans += [evaluation_plan(tested, s) for s in range(seeds)]
         table = Table("fold", "for", "classes", "ways", "shots", "seed", "episodes", "drawn", "skipped", "digest")
@@ -281,6 +295,7 @@ def evaluate(
     ways: WaysOption = 1,
     shots: ShotsOption = 1,
     prompt: PromptOption = "mask",
+    supports: SupportsOption = "fixed",
     seeds: SeedsOption = 5,
     count: EpisodesOption = 1000,
     classes: Annotated[Literal["unseen", "seen"], typer.Option(help="Which classes of the fold.")] = "unseen",
@@ -309,6 +324,7 @@ def evaluate(
             ways=ways,
             shots=shots,
             prompt=prompt,
+            supports=supports,
             seeds=seeds,
             episodes=count,
             classes=classes,

@@ -132,12 +132,16 @@ class Interior:
         return drawn
 
 
-def evaluation_episode(pool: Pool, name: str, index: int, ways: int, shots: int, prompt: str) -> Episode:
-    """Episode `index` of a test protocol: N-way K-shot, prompts of one kind ("mask", "point", "box", "point_box").
+def evaluation_episode(
+    pool: Pool, name: str, index: int, ways: int, shots: int, prompt: str, varied: bool = False
+) -> Episode:
+    """Episode `index` of a test protocol: N-way K-shot, prompts "mask", "point", "box", "point_box" or "mixed".
 
     A class is drawn uniformly, then a query that shows it, then the other classes, then K supports of each. `name`
     says protocol, fold, split and seed. Classes, query and supports do not depend on `prompt`, so that prompt kinds
-    are compared on the same episodes. Raises InputError where classes or images are too few.
+    are compared on the same episodes. "mixed" prompts are of one kind for each annotation, drawn at random. With
+    `varied`, a class gets 1 to K supports, and a photo that shows several of the classes counts for each of them.
+    Raises InputError where classes or images are too few.
     """
     usable = pool.usable(shots)
     if len(usable) < ways:
@@ -151,10 +155,11 @@ def evaluation_episode(pool: Pool, name: str, index: int, ways: int, shots: int,
     others = [c for c in usable if c != first]
     classes = [first, *_sample(others, ways - 1, uniform)]
     _shuffle(classes, uniform)
-    supports = _draw_supports(pool, classes, query, shots, uniform)
+    supports = _draw_supports(pool, classes, query, shots, uniform, varied)
     kinds = ("point", "box") if prompt == "point_box" else (prompt,)
     uniform = random.Random(f"{name}/{index}/{ways}/{shots}/prompts").random
-    pairs = _prompt_pairs(pool, classes, supports, lambda: kinds, uniform, jitter=0.0)
+    draw_kinds = (lambda: (_pick(KINDS, uniform),)) if prompt == "mixed" else (lambda: kinds)
+    pairs = _prompt_pairs(pool, classes, supports, draw_kinds, uniform, jitter=0.0)
     return Episode(index, tuple(classes), query, tuple(supports), pairs)
 
 
@@ -189,21 +194,24 @@ def training_episode(
     return Episode(index, tuple(classes), query, tuple(supports), pairs)
 
 
-def _draw_supports(pool: Pool, classes: list[int], query: int, shots: int, uniform) -> list[int]:
-    """`shots` images of each class, never the query, no image twice unless a class has no other."""
+def _draw_supports(pool: Pool, classes: list[int], query: int, shots: int, uniform, varied: bool = False) -> list[int]:
+    """`shots` images of each class, never the query, no image twice; `varied` as in `evaluation_episode`."""
     supports: list[int] = []
     for category in classes:
+        wanted = shots
+        if varied:
+            wanted = 1 + int(uniform() * shots) - sum(category in pool.classes_in[image] for image in supports)
         images = pool.images_of[category]
         taken = {query, *supports}
-        if len(images) > 4 * (len(taken) + shots):  # rejection: no pass over a class with thousands of images
+        if len(images) > 4 * (len(taken) + wanted):  # rejection: no pass over a class with thousands of images
             drawn: list[int] = []
-            while len(drawn) < shots:
+            while len(drawn) < wanted:
                 image = _pick(images, uniform)
                 if image not in taken:
                     taken.add(image)
                     drawn.append(image)
         else:
-            drawn = _sample([i for i in images if i not in taken], shots, uniform)
+            drawn = _sample([i for i in images if i not in taken], wanted, uniform)
         supports += drawn
     return supports
 

@@ -9,7 +9,7 @@ from la.losses import ClassWeights
 from la.schedules import Schedule
 from pipelines.workspace import digest
 
-Prompt = Literal["mask", "point", "box", "point_box"]
+Prompt = Literal["mask", "point", "box", "point_box", "mixed"]
 # (B, N, K) of a training batch on one worker (section 5.2)
 PAPER_BATCHES = ((4, 1, 4), (2, 4, 2), (8, 1, 2), (4, 2, 2), (4, 4, 1), (16, 1, 1))
 OFFICIAL_BATCHES = ((2, 1, 4), (2, 4, 2), (2, 1, 2), (4, 2, 2), (4, 4, 1), (16, 1, 1))
@@ -33,7 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ema": 0.0,
     },
 }
-PROMPTS: tuple[Prompt, ...] = ("mask", "point", "box", "point_box")
+PROMPTS: tuple[Prompt, ...] = ("mask", "point", "box", "point_box")  # of the paper's table 6
 
 
 class Settings(BaseModel):
@@ -121,7 +121,8 @@ class EvaluateConfig(Settings):
     fold: int = 0
     ways: int = Field(1, ge=1)
     shots: int = Field(1, ge=1)
-    prompt: Prompt = "mask"
+    prompt: Prompt = "mask"  # "mixed": each annotation one of the three
+    supports: Literal["fixed", "varied"] = "fixed"  # varied: 1 to K shots a class, photos that serve several classes
     seeds: int = Field(5, ge=1)
     episodes: int = Field(1000, ge=1)  # of each seed
     classes: Literal["unseen", "seen"] = "unseen"

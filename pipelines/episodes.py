@@ -54,6 +54,7 @@ class Plan:
     count: int  # batches of each group
     prompt: str | None = None  # kind of prompt in testing
     mixed: tuple[str, ...] = ()  # kinds of prompt in training
+    varied: bool = False  # whether shots vary from class to class in testing
 
     @property
     def name(self) -> str:
@@ -72,7 +73,9 @@ def training_plan(config: TrainConfig) -> Plan:
 
 def evaluation_plan(config: EvaluateConfig, seed: int) -> Plan:
     batches = ((1, config.ways, config.shots),)
-    return Plan("la-test", config.fold, config.split, config.classes, seed, batches, config.episodes, config.prompt)
+    varied = config.supports == "varied"
+    settings = {"count": config.episodes, "prompt": config.prompt, "varied": varied}
+    return Plan("la-test", config.fold, config.split, config.classes, seed, batches, **settings)
 
 
 @lru_cache(maxsize=8)
@@ -92,7 +95,7 @@ def draw(plan: Plan, store: FeatureStore, group: int, start: int, stop: int) -> 
     _, ways, shots = plan.batches[group]
     if plan.prompt is None:
         return [training_episode(pool, plan.name, i, ways, shots, plan.mixed) for i in range(start, stop)]
-    return [evaluation_episode(pool, plan.name, i, ways, shots, plan.prompt) for i in range(start, stop)]
+    return [evaluation_episode(pool, plan.name, i, ways, shots, plan.prompt, plan.varied) for i in range(start, stop)]
 
 
 class EpisodeShards:

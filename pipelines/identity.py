@@ -25,7 +25,7 @@ def fold_params(
     """
     names = set(TrainConfig.model_fields) - {"workspace", "store", "fold", "threads", "device"}
     settings = train.model_dump(mode="json") if train else dict.fromkeys(names, NONE)
-    options = {"ways": "ways", "shots": "shots", "prompts": "prompt", "eval_seeds": "seeds"}
+    options = {"ways": "ways", "shots": "shots", "prompts": "prompt", "supports": "supports", "eval_seeds": "seeds"}
     options |= {"eval_episodes": "episodes", "eval_classes": "classes"}
     evaluated = {name: _values(getattr(c, option) for c in evaluations) for name, option in options.items()}
     evaluated["method"] = _values(c.method for c in evaluations) if evaluations else "la"

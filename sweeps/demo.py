@@ -75,6 +75,11 @@ def run_demo(root: Path, console: Console, size: DemoSize | None = None) -> tupl
         checkpoint=result.results["complete/fold0"].checkpoint,
         episodes=size.episodes,
     )
-    tasks = ((1, "mask"), (1, "box"), (1, "point"), (2, "point_box"))
-    shown = [(la.model_copy(update={"ways": n, "prompt": p}), seed) for seed, (n, p) in enumerate(tasks)]
+    tasks = (
+        {"prompt": "mask"},
+        {"prompt": "box"},
+        {"prompt": "point"},
+        {"ways": 2, "shots": 2, "prompt": "mixed", "supports": "varied"},
+    )
+    shown = [(la.model_copy(update=task), seed) for seed, task in enumerate(tasks)]
     return result, draw_first_episodes(workspace.artifacts / "demo-episodes.png", shown)

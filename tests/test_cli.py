@@ -70,6 +70,9 @@ def test_verbs_go_on_from_the_demo(demo):
     assert tested.exit_code == 0, tested.output
     assert re.search(r"mIoU \d+\.\d+ \+- \d+\.\d+ over 2 seeds x 4 episodes", tested.output)
     assert picture.exists()
+    mixed = ("--ways", 2, "--shots", 2, "--prompt", "mixed", "--supports", "varied")
+    shown = run("evaluate", "--fold", 0, *test, *mixed)
+    assert shown.exit_code == 0, shown.output
     measured = run("bench", "episodes", "--workspace", root, "--repeats", 1)
     assert "episodes" in measured.output
 

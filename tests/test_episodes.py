@@ -93,6 +93,18 @@ def test_test_episodes_keep_their_promises(index, ways, shots, prompt):
         assert bool(pair.boxes) == ("box" in prompt)
 
 
+def test_varied_supports_serve_several_classes_with_several_kinds_of_prompt():
+    drawn = [evaluation_episode(POOL, "t", i, 3, 3, "mixed", varied=True) for i in range(100)]
+    for episode in drawn:
+        check(episode, 3)
+        assert {pair.slot for pair in episode.pairs} == {0, 1, 2}, "every class has a shot"
+    assert len({len(episode.supports) for episode in drawn}) > 3, "L is not N*K"
+    assert any(len({p.slot for p in e.pairs if p.support == 0}) > 1 for e in drawn), "one photo, several classes"
+    pairs = [pair for episode in drawn for pair in episode.pairs]
+    assert any(bool(p.masks) + bool(p.points) + bool(p.boxes) > 1 for p in pairs), "one class, several kinds"
+    assert all(any(bool(getattr(p, kind)) for p in pairs) for kind in ("masks", "points", "boxes"))
+
+
 def test_the_query_shows_one_some_or_all_classes_about_equally_often():
     counts = [0, 0, 0]
     for index in range(600):
