@@ -55,6 +55,10 @@ PromptOption = Annotated[
     Literal["mask", "point", "box", "point_box", "mixed"],
     typer.Option(help="Prompts on the supports; mixed: each instance a mask, points or a box."),
 ]
+ProtocolOption = Annotated[
+    Literal["la", "hsnet", "pfenet", "panet", "large"],
+    typer.Option(help="How episodes are drawn and scored; numbers compare within one."),
+]
 SupportsOption = Annotated[
     Literal["fixed", "varied"],
     typer.Option(help="K shots of every class, or 1 to K, where a photo of several classes counts for each."),
@@ -296,11 +300,20 @@ def evaluate(
     shots: ShotsOption = 1,
     prompt: PromptOption = "mask",
     supports: SupportsOption = "fixed",
-    seeds: SeedsOption = 5,
-    count: EpisodesOption = 1000,
+    protocol: ProtocolOption = "la",
+    seeds: Annotated[int | None, typer.Option(min=1, help="Sets of episodes; default: the protocol's.")] = None,
+    count: Annotated[
+        int | None, typer.Option("--episodes", min=1, help="Of each seed; default: the protocol's.")
+    ] = None,
     classes: Annotated[Literal["unseen", "seen"], typer.Option(help="Which classes of the fold.")] = "unseen",
     split: Annotated[Literal["val", "train"], typer.Option(help="Which photos.")] = "val",
-    batch_size: Annotated[int, typer.Option(min=1, help="Episodes at once.")] = 8,
+    pool_draws: Annotated[
+        int, typer.Option(min=0, help="Mean over so many draws of the token-pool rows; 0: fixed rows.")
+    ] = 0,
+    background: Annotated[
+        Literal["learned", "supports"], typer.Option(help="supports: what no prompt covers prompts the background.")
+    ] = "learned",
+    flips: Annotated[bool, typer.Option("--flips", help="Mean with the query's features flipped.")] = False,
     picture: Annotated[
         Path | None, typer.Option(help="Draw the first episode of each seed: supports, query, truth, prediction.")
     ] = None,
@@ -329,7 +342,10 @@ def evaluate(
             episodes=count,
             classes=classes,
             split=split,
-            batch_size=batch_size,
+            protocol=protocol,
+            pool_draws=pool_draws,
+            background=background,
+            flips=flips,
             device=device,
             threads=threads,
         )
@@ -345,12 +361,15 @@ def evaluate(
             console.print(f"  not drawn: {name} ({reason})", highlight=False)
         console.print(
             f"{ways}-way {shots}-shot, {prompt} prompts: mIoU {result.miou:.2f} +- {result.std:.2f} over "
-            f"{seeds} seeds x {count} episodes, {result.classes_drawn} classes (episodes {result.episodes_digest})"
+            f"{config.seeds} seeds x {config.episodes} episodes, {result.classes_drawn} classes; "
+            f"95 % of resampled episodes {result.interval[0]:.2f} to {result.interval[1]:.2f}, "
+            f"FB-IoU {result.fb_iou:.2f}; protocol {protocol}, episodes {result.episodes_digest}",
+            highlight=False,
         )
         if picture:
             from pipelines.figures import draw_first_episodes
 
-            draw_first_episodes(picture, [(config, s) for s in range(seeds)])
+            draw_first_episodes(picture, [(config, s) for s in range(config.seeds)])
             console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
 
 
@@ -399,7 +418,7 @@ def import_official(
 ) -> None:
     """Turn a checkpoint of the official implementation into one that evaluate takes."""
     with mistakes():
-        from la.coco import FOLDS
+        from la.folds import FOLDS
         from pipelines.official import import_official as run
         from pipelines.workspace import Workspace
 

@@ -1,4 +1,4 @@
-"""COCO folders and COCO-20i: images, instance annotations, folds, and class masks (paper section 5.1)."""
+"""COCO folders: images, instance annotations and class masks (paper section 5.1)."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from pycocotools import mask as rle_tools
 
 from la.errors import InputError
 
-FOLDS = 4  # COCO-20i splits the categories into four folds, one of them unseen
+VOID = -1  # category of an image's unlabelled pixels, which are IGNORED whatever the classes
 IGNORED = 255  # label of pixels that count neither as a class nor as background
 
 
@@ -85,18 +85,6 @@ class Dataset:
         return found
 
 
-def fold_classes(category_ids: Iterable[int], fold: int) -> tuple[list[int], list[int]]:
-    """(seen, unseen) category ids of a COCO-20i fold, interleaved: positions fold, fold + 4, ... are unseen.
-
-    Raises InputError for a fold outside 0-3.
-    """
-    if not 0 <= fold < FOLDS:
-        raise InputError(f"--fold is {fold}; COCO-20i has folds 0 to {FOLDS - 1}. Choose one of them.")
-    ordered = sorted(category_ids)
-    unseen = ordered[fold::FOLDS]
-    return [c for c in ordered if c not in set(unseen)], unseen
-
-
 def find_splits(coco_dir: Path, names: Mapping[str, str] | None = None) -> dict[str, tuple[Path, Path]]:
     """{"train": (annotation file, photo folder), "val": ...} of a folder laid out as COCO is downloaded.
 
@@ -132,8 +120,10 @@ def find_splits(coco_dir: Path, names: Mapping[str, str] | None = None) -> dict[
 def load_coco(file: Path, photos: Path | None, split: str) -> Dataset:
     """Read a COCO instances file; polygons become run lengths once, here.
 
-    `photos` is the folder whose files must exist (None: not looked at). Raises InputError for a file that is not COCO
-    instances JSON, an annotation of an unknown image or category, or an image that is not in the folder.
+    `photos` is the folder whose files must exist (None: not looked at). An image's `void_rle`, an RLE of pixels that
+    nobody labelled (VOC's object borders), becomes an annotation of the category VOID. Raises InputError for a file
+    that is not COCO instances JSON, an annotation of an unknown image or category, or an image that is not in the
+    folder.
     """
     try:
         content = json.loads(Path(file).read_text())
@@ -160,8 +150,13 @@ def load_coco(file: Path, photos: Path | None, split: str) -> Dataset:
                     "Finish the download, or remove the image from the annotation file."
                 )
     by_image: dict[int, list[Annotation]] = {image_id: [] for image_id in images}
-    for raw in raw_annotations:
-        annotation = _annotation(raw, images, categories, file)
+    void = [
+        {"id": -1 - int(raw["id"]), "image_id": raw["id"], "category_id": VOID, "iscrowd": 1, "segmentation": shape}
+        for raw in raw_images
+        if (shape := raw.get("void_rle"))
+    ]
+    for raw in (*raw_annotations, *void):
+        annotation = _annotation(raw, images, categories | {VOID: "void"}, file)
         if annotation.area > 0:
             by_image[annotation.image_id].append(annotation)
     return Dataset(
@@ -221,16 +216,22 @@ def decode(annotations: Iterable[Annotation], height: int, width: int) -> np.nda
 def label_map(dataset: Dataset, image_id: int, classes: Iterable[int]) -> np.ndarray:
     """(height, width) uint8 ground truth at the photo's own size: 0 background, i + 1 the i-th of `classes`.
 
-    Crowds of these classes are IGNORED where no single object covers them; where objects overlap the smaller one,
-    drawn last, wins, so that no object vanishes under a larger one.
+    Crowds of these classes and unlabelled pixels are IGNORED where no single object covers them; where objects overlap
+    the smaller one, drawn last, wins, so that no object vanishes under a larger one.
     """
     image = dataset.images[image_id]
-    slot = {category: i + 1 for i, category in enumerate(classes)}
     labels = np.zeros((image.height, image.width), np.uint8)
-    relevant = [a for a in dataset.annotations[image_id] if a.category_id in slot]
-    for one in sorted(relevant, key=lambda a: (not a.is_crowd, -a.area, a.id)):
-        labels[decode([one], image.height, image.width) > 0] = IGNORED if one.is_crowd else slot[one.category_id]
+    for one, label in drawing_order(dataset.annotations[image_id], classes):
+        labels[decode([one], image.height, image.width) > 0] = label
     return labels
+
+
+def drawing_order(annotations: Iterable[Annotation], classes: Iterable[int]) -> list[tuple[Annotation, int]]:
+    """The annotations that a label map of `classes` shows and their labels, those drawn over others last."""
+    labels = {category: slot for slot, category in enumerate(classes, start=1)} | {VOID: IGNORED}
+    shown = [a for a in annotations if a.category_id in labels]
+    shown.sort(key=lambda a: (not a.is_crowd, -a.area, a.id))
+    return [(a, IGNORED if a.is_crowd else labels[a.category_id]) for a in shown]
 
 
 def run_lengths(counts: bytes) -> list[int]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from la.coco import Annotation, Dataset, run_lengths
 from la.errors import InputError
+from la.protocols import QueryDraw
 
 MIN_AREA = 32 * 32  # pixels of a class that an image must show to count as showing it
 MAX_POINTS = 10  # points of one instance at most (section 5.2)
@@ -62,12 +63,20 @@ class Pool:
                 self.classes_in[image] = (*self.classes_in.get(image, ()), category)
         self._interiors: dict[int, Interior] = {}
         self._usable: dict[int, list[int]] = {}
+        self._showing: dict[int, list[int]] = {}
 
     def usable(self, shots: int) -> list[int]:
         """The classes that have images enough for a query and `shots` supports."""
         if shots not in self._usable:
             self._usable[shots] = [c for c in self.classes if len(self.images_of[c]) > shots]
         return self._usable[shots]
+
+    def images_showing(self, shots: int) -> list[int]:
+        """The images that show a class usable with `shots` supports."""
+        if shots not in self._showing:
+            usable = set(self.usable(shots))
+            self._showing[shots] = [i for i in sorted(self.classes_in) if usable & set(self.classes_in[i])]
+        return self._showing[shots]
 
     def skipped(self, shots: int) -> dict[int, str]:
         """class -> why it cannot be drawn with `shots` supports."""
@@ -133,15 +142,22 @@ class Interior:
 
 
 def evaluation_episode(
-    pool: Pool, name: str, index: int, ways: int, shots: int, prompt: str, varied: bool = False
+    pool: Pool,
+    name: str,
+    index: int,
+    ways: int,
+    shots: int,
+    prompt: str,
+    varied: bool = False,
+    query_draw: QueryDraw = "class",
 ) -> Episode:
     """Episode `index` of a test protocol: N-way K-shot, prompts "mask", "point", "box", "point_box" or "mixed".
 
-    A class is drawn uniformly, then a query that shows it, then the other classes, then K supports of each. `name`
-    says protocol, fold, split and seed. Classes, query and supports do not depend on `prompt`, so that prompt kinds
-    are compared on the same episodes. "mixed" prompts are of one kind for each annotation, drawn at random. With
-    `varied`, a class gets 1 to K supports, and a photo that shows several of the classes counts for each of them.
-    Raises InputError where classes or images are too few.
+    A class is drawn uniformly, then a query that shows it, then the other classes, then K supports of each; for other
+    ways to draw the query see `la.protocols`. `name` says protocol, fold, split and seed. Classes, query and supports
+    do not depend on `prompt`, so that prompt kinds are compared on the same episodes. "mixed" prompts are of one kind
+    for each annotation, drawn at random. With `varied`, a class gets 1 to K supports, and a photo that shows several
+    of the classes counts for each of them. Raises InputError where classes or images are too few.
     """
     usable = pool.usable(shots)
     if len(usable) < ways:
@@ -150,8 +166,14 @@ def evaluation_episode(
             f"{len(usable)} of {len(pool.classes)} classes have them. Lower --ways or --shots, or use more images."
         )
     uniform = random.Random(f"{name}/{index}/{ways}/{shots}").random
-    first = _pick(usable, uniform)
-    query = _pick(pool.images_of[first], uniform)
+    if query_draw == "run":
+        usable = _sample(usable, ways, random.Random(f"{name}/{ways}/{shots}/classes").random)
+    if query_draw == "image":
+        query = _pick(pool.images_showing(shots), uniform)
+        first = _pick([c for c in pool.classes_in[query] if c in usable], uniform)
+    else:
+        first = _pick(usable, uniform)
+        query = _pick(pool.images_of[first], uniform)
     others = [c for c in usable if c != first]
     classes = [first, *_sample(others, ways - 1, uniform)]
     _shuffle(classes, uniform)

@@ -1,52 +1,105 @@
-"""mIoU as few-shot segmentation counts it: accumulated per class over all episodes (paper section 5.1)."""
+"""The metrics of few-shot segmentation, accumulated over episodes (paper section 5.1)."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from la.coco import IGNORED
 
 
+class EpisodeScore(NamedTuple):
+    """Pixels of one episode: (intersection, union) of each class, of all classes as one foreground, of the rest."""
+
+    classes: tuple[int, ...]  # category ids
+    counts: tuple[tuple[int, int], ...]  # of each class
+    foreground: tuple[int, int]
+    background: tuple[int, int]
+
+    def miou(self) -> float:
+        """Mean IoU in percent over this episode's classes; a class that is neither there nor predicted counts 100."""
+        return float(np.mean([100 * hits / union if union else 100.0 for hits, union in self.counts]))
+
+
+def score_episode(prediction: Tensor, truth: Tensor, classes: Sequence[int]) -> EpisodeScore:
+    """Prediction and truth (H, W) of slots 0..N, truth may hold IGNORED; `classes` are the N category ids.
+
+    All slots are counted in one table, so a confusion of two classes is a miss of one and a false alarm of the other.
+    """
+    size = len(classes) + 1
+    counted = truth != IGNORED
+    pairs = truth[counted].long() * size + prediction[counted].long()
+    table = torch.bincount(pairs.flatten(), minlength=size * size).view(size, size)
+    hits, shown, said = table.diagonal().tolist(), table.sum(1).tolist(), table.sum(0).tolist()
+    counts = tuple((hits[k], shown[k] + said[k] - hits[k]) for k in range(size))
+    found, everything = int(table[1:, 1:].sum()), int(table.sum())
+    return EpisodeScore(tuple(classes), counts[1:], (found, everything - hits[0]), counts[0])
+
+
 class FewShotIoU:
-    """Intersections and unions per category over episodes.
+    """Scores of episodes, kept apart for resampling.
 
     torchmetrics' JaccardIndex averages over a fixed list of labels; here slot 1 is another category in every episode,
-    and the mean goes over the categories that were drawn, so the counts are kept by category id.
+    and the mean goes over the categories that were drawn, so counts are kept by category id. With several ways this is
+    the mIoU* of the literature: only classes count, the background does not.
     """
 
-    def __init__(self):
-        self.intersection: dict[int, int] = {}
-        self.union: dict[int, int] = {}
-        self.episodes: dict[int, int] = {}
+    def __init__(self, episodes: Sequence[EpisodeScore] = ()):
+        self.episodes = list(episodes)
 
     def add(self, prediction: Tensor, truth: Tensor, classes: Sequence[int]) -> None:
-        """One episode: prediction and truth (H, W) of slots 0..N, truth may hold IGNORED; `classes` are the N ids.
-
-        All N classes are counted in one table, so a confusion of two of them is a miss of one and a false alarm of
-        the other.
-        """
-        size = len(classes) + 1
-        counted = truth != IGNORED
-        pairs = truth[counted].long() * size + prediction[counted].long()
-        table = torch.bincount(pairs.flatten(), minlength=size * size).view(size, size)
-        hits, shown, said = table.diagonal().tolist(), table.sum(1).tolist(), table.sum(0).tolist()
-        for slot, category in enumerate(classes, start=1):
-            self.intersection[category] = self.intersection.get(category, 0) + hits[slot]
-            self.union[category] = self.union.get(category, 0) + shown[slot] + said[slot] - hits[slot]
-            self.episodes[category] = self.episodes.get(category, 0) + 1
+        """One episode, see `score_episode`."""
+        self.episodes.append(score_episode(prediction, truth, classes))
 
     def __iadd__(self, other: "FewShotIoU") -> "FewShotIoU":
-        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
-            for category, count in theirs.items():
-                mine[category] = mine.get(category, 0) + count
+        self.episodes += other.episodes
         return self
 
     def per_class(self) -> dict[int, float]:
-        """Category id -> IoU in percent, for the categories drawn."""
-        return {c: 100 * self.intersection[c] / max(1, self.union[c]) for c in sorted(self.union)}
+        """Category id -> accumulated IoU in percent, for the categories drawn."""
+        categories, hits, unions, _ = self._table()
+        return dict(zip(categories, _percent(hits.sum(0), unions.sum(0)).tolist(), strict=True))
+
+    def episodes_per_class(self) -> dict[int, int]:
+        """Category id -> number of episodes that ask for it."""
+        categories, _, _, asked = self._table()
+        return dict(zip(categories, asked.sum(0).tolist(), strict=True))
 
     def miou(self) -> float:
-        """Mean IoU in percent over the categories drawn; 0 without an episode."""
+        """Mean over the categories drawn of their accumulated IoU, in percent; 0 without an episode."""
         values = self.per_class().values()
         return sum(values) / max(1, len(values))
+
+    def fb_iou(self) -> float:
+        """Mean of the accumulated IoU of the foreground (all classes as one) and of the background, in percent."""
+        sums = np.array([(e.foreground, e.background) for e in self.episodes]).reshape(-1, 2, 2).sum(0)
+        return float(_percent(sums[:, 0], sums[:, 1]).mean())
+
+    def interval(self, resamples: int = 1000, share: float = 0.95) -> tuple[float, float]:
+        """Bootstrap interval of the mIoU over episodes, in percent: always the same draws."""
+        if not self.episodes:
+            return 0.0, 0.0
+        _, hits, unions, asked = self._table()
+        count = len(self.episodes)
+        times = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), resamples)
+        drawn = times @ asked > 0
+        ious = np.where(drawn, _percent(times @ hits, times @ unions), 0).sum(1) / drawn.sum(1)
+        low, high = np.quantile(ious, [(1 - share) / 2, (1 + share) / 2])
+        return float(low), float(high)
+
+    def _table(self) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+        """Category ids, then (episodes, categories) each: intersections, unions, whether the episode asks for it."""
+        categories = sorted({c for e in self.episodes for c in e.classes})
+        column = {c: k for k, c in enumerate(categories)}
+        hits, unions, asked = np.zeros((3, len(self.episodes), len(categories)), np.int64)
+        for row, episode in enumerate(self.episodes):
+            columns = [column[c] for c in episode.classes]
+            hits[row, columns], unions[row, columns] = np.array(episode.counts).T
+            asked[row, columns] = 1
+        return categories, hits, unions, asked
+
+
+def _percent(hits: np.ndarray, unions: np.ndarray) -> np.ndarray:
+    return 100 * hits / np.maximum(1, unions)

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from PIL import Image as Pillow
 from torch import Tensor
+from torch.nn import functional as F
 
 from la.batch import EpisodeBatch, pack
-from la.coco import IGNORED, Annotation, decode, label_map
+from la.coco import Annotation, decode, drawing_order, label_map
 from la.episodes import Episode
 from pipelines.store import FeatureStore
 
@@ -43,9 +44,10 @@ class BatchBuilder:
         """(B, 4h, 4w) long: slots 0..N of each query at the decoder's own resolution, IGNORED where a crowd stands."""
         return torch.stack([self._small_truth(e.query, e.classes) for e in episodes])
 
-    def full_truth(self, episode: Episode) -> Tensor:
-        """(H, W) uint8: slots 0..N of the query at the photo's own size."""
-        return torch.from_numpy(label_map(self.dataset, episode.query, episode.classes))
+    def full_truth(self, episode: Episode, size: tuple[int, int] | None = None) -> Tensor:
+        """(H, W) uint8: slots 0..N of the query at the photo's own size, or resized to `size` without blending."""
+        labels = torch.from_numpy(label_map(self.dataset, episode.query, episode.classes))
+        return labels if size is None else F.interpolate(labels[None, None], size, mode="nearest-exact")[0, 0]
 
     def _size(self, image_id: int) -> tuple[int, int]:
         image = self.dataset.images[image_id]
@@ -65,9 +67,7 @@ class BatchBuilder:
 
     def _small_truth(self, image_id: int, classes: Sequence[int]) -> Tensor:
         """The label map drawn from small masks, in the order in which `label_map` draws it."""
-        slot = {category: i + 1 for i, category in enumerate(classes)}
         labels = np.zeros(self.truth_size, np.int64)
-        relevant = [a for a in self.dataset.annotations[image_id] if a.category_id in slot]
-        for one in sorted(relevant, key=lambda a: (not a.is_crowd, -a.area, a.id)):
-            labels[self._coverage(one.id, self.truth_size) > 127] = IGNORED if one.is_crowd else slot[one.category_id]
+        for one, label in drawing_order(self.dataset.annotations[image_id], classes):
+            labels[self._coverage(one.id, self.truth_size) > 127] = label
         return torch.from_numpy(labels)

@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from la.attention import Attention
 from la.batch import EpisodeBatch, dense_grid
-from la.coco import FOLDS
 from la.episodes import Episode
+from la.folds import FOLDS
 from la.losses import focal_loss
 from la.model import LabelAnything, preset
 from pipelines.batches import BatchBuilder

@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from la.folds import FoldLists
 from la.losses import ClassWeights
+from la.protocols import protocol_of
 from la.schedules import Schedule
 from pipelines.workspace import digest
 
@@ -66,7 +68,9 @@ class TrainConfig(Settings):
 
     workspace: Path
     store: str | None = None  # key of the feature store; None: the only one in the workspace
-    fold: int = 0  # COCO-20i fold whose 20 classes stay unseen
+    fold: int = 0  # fold whose classes stay unseen
+    fold_lists: FoldLists = "interleaved"  # which classes are a fold, see la.folds
+    classes: Literal["seen", "all"] = "seen"  # all: a generalist, which the test classes are not new to (table 4)
     seed: int = 0
     # model: switches of la.model.ModelConfig
     preset: str = "paper"  # or "official", "debug"
@@ -112,7 +116,7 @@ class TrainConfig(Settings):
 
 
 class EvaluateConfig(Settings):
-    """Evaluation of one method on the unseen classes of one fold (paper section 5.1)."""
+    """Evaluation of one method on the unseen classes of one fold by a protocol (paper section 5.1)."""
 
     workspace: Path
     store: str | None = None
@@ -123,13 +127,26 @@ class EvaluateConfig(Settings):
     shots: int = Field(1, ge=1)
     prompt: Prompt = "mask"  # "mixed": each annotation one of the three
     supports: Literal["fixed", "varied"] = "fixed"  # varied: 1 to K shots a class, photos that serve several classes
+    protocol: str = "la"  # of la.protocols; sets seeds and episodes where they are not given
     seeds: int = Field(5, ge=1)
     episodes: int = Field(1000, ge=1)  # of each seed
     classes: Literal["unseen", "seen"] = "unseen"
     split: Literal["val", "train"] = "val"
-    batch_size: int = Field(8, ge=1)  # episodes at once; never changes the result
+    # variants of a trained model at test time, see la.test_time
+    pool_draws: int = Field(0, ge=0)  # mean over so many draws of the token-pool rows; 0: fixed rows
+    background: Literal["learned", "supports"] = "learned"  # supports: what no prompt covers is a prompt too
+    flips: bool = False  # mean with the query's features flipped
     device: str = "auto"
     threads: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_protocol(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        protocol = protocol_of(given.get("protocol", "la"))
+        given = {name: value for name, value in given.items() if name not in ("seeds", "episodes") or value is not None}
+        return {"seeds": protocol.seeds, "episodes": protocol.episodes} | given
 
 
 class SweepConfig(Settings):

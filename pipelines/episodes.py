@@ -12,8 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from la.coco import fold_classes
 from la.episodes import MIN_AREA, Episode, Pair, Pool, evaluation_episode, training_episode
+from la.folds import FoldLists, fold_classes
+from la.protocols import QueryDraw, protocol_of
 from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.store import FeatureStore
 from pipelines.workspace import digest, write_text, write_whole
@@ -45,48 +46,64 @@ SCHEMA = pa.schema(
 class Plan:
     """What a set of episode shards holds. Two equal plans on equal annotations are the same episodes."""
 
-    protocol: str  # "la-train" or "la-test"
+    protocol: str  # "la-train", or that of testing and "-test"
     fold: int
     split: str  # "train" or "val"
-    classes: str  # "seen" or "unseen"
+    classes: str  # "seen", "unseen" or "all"
     seed: int
     batches: tuple[tuple[int, int, int], ...]  # (B, N, K), one group of shards each; testing has one, B = 1
     count: int  # batches of each group
     prompt: str | None = None  # kind of prompt in testing
     mixed: tuple[str, ...] = ()  # kinds of prompt in training
     varied: bool = False  # whether shots vary from class to class in testing
+    fold_lists: FoldLists = "interleaved"
+    query_draw: QueryDraw = "class"
+    min_area: int = MIN_AREA
 
     @property
     def name(self) -> str:
         return f"{self.protocol}/fold{self.fold}/{self.split}/{self.classes}/seed{self.seed}"
 
     def folder(self, store: FeatureStore) -> Path:
-        key = digest([FORMAT, MIN_AREA, store.dataset(self.split).digest, self.__dict__])
+        key = digest([FORMAT, store.dataset(self.split).digest, self.__dict__])
         kind = f"protocol={self.protocol}/fold={self.fold}/split={self.split}"
         return store.path.parents[1] / "episodes" / kind / key
 
 
 def training_plan(config: TrainConfig) -> Plan:
     count = -(-config.train_batches // len(config.batches))
-    return Plan("la-train", config.fold, "train", "seen", config.seed, config.batches, count, mixed=config.prompts)
+    drawn = {"batches": config.batches, "count": count, "mixed": config.prompts, "fold_lists": config.fold_lists}
+    return Plan("la-train", config.fold, "train", config.classes, config.seed, **drawn)
 
 
-def evaluation_plan(config: EvaluateConfig, seed: int) -> Plan:
-    batches = ((1, config.ways, config.shots),)
-    varied = config.supports == "varied"
-    settings = {"count": config.episodes, "prompt": config.prompt, "varied": varied}
-    return Plan("la-test", config.fold, config.split, config.classes, seed, batches, **settings)
+def evaluation_plan(config: EvaluateConfig, seed: int, fold_lists: FoldLists | None = None) -> Plan:
+    """Raises InputError for an unknown protocol. `fold_lists`: others than the protocol's."""
+    protocol = protocol_of(config.protocol)
+    return Plan(
+        f"{protocol.name}-test",
+        config.fold,
+        config.split,
+        config.classes,
+        seed,
+        ((1, config.ways, config.shots),),
+        config.episodes,
+        config.prompt,
+        varied=config.supports == "varied",
+        fold_lists=fold_lists or protocol.folds,
+        query_draw=protocol.query,
+        min_area=protocol.min_area,
+    )
 
 
 @lru_cache(maxsize=8)
-def _pool(store: FeatureStore, split: str, fold: int, classes: str) -> Pool:
+def _pool(store: FeatureStore, split: str, fold: int, classes: str, lists: FoldLists, min_area: int) -> Pool:
     dataset = store.dataset(split)
-    seen, unseen = fold_classes(dataset.categories, fold)
-    return Pool(dataset, seen if classes == "seen" else unseen)
+    seen, unseen = fold_classes(dataset.categories, fold, lists)
+    return Pool(dataset, {"seen": seen, "unseen": unseen, "all": [*seen, *unseen]}[classes], min_area)
 
 
 def pool_of(plan: Plan, store: FeatureStore) -> Pool:
-    return _pool(store, plan.split, plan.fold, plan.classes)
+    return _pool(store, plan.split, plan.fold, plan.classes, plan.fold_lists, plan.min_area)
 
 
 def draw(plan: Plan, store: FeatureStore, group: int, start: int, stop: int) -> list[Episode]:
@@ -95,7 +112,8 @@ def draw(plan: Plan, store: FeatureStore, group: int, start: int, stop: int) -> 
     _, ways, shots = plan.batches[group]
     if plan.prompt is None:
         return [training_episode(pool, plan.name, i, ways, shots, plan.mixed) for i in range(start, stop)]
-    return [evaluation_episode(pool, plan.name, i, ways, shots, plan.prompt, plan.varied) for i in range(start, stop)]
+    how = (ways, shots, plan.prompt, plan.varied, plan.query_draw)
+    return [evaluation_episode(pool, plan.name, i, *how) for i in range(start, stop)]
 
 
 class EpisodeShards:
@@ -150,7 +168,7 @@ def ensure_episodes(plan: Plan, store: FeatureStore, workers: int = 0) -> Episod
             "format": FORMAT,
             "plan": plan.__dict__,
             "dataset_digest": store.dataset(plan.split).digest,
-            "min_area_px": MIN_AREA,
+            "min_area_px": plan.min_area,
             "episodes": sum(size * plan.count for size, _, _ in plan.batches),
             "classes_drawn": pool.usable(most_shots),
             "classes_skipped": pool.skipped(most_shots),

@@ -17,7 +17,8 @@ from la.episodes import Episode
 from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig
 from pipelines.episodes import ensure_episodes, evaluation_plan
-from pipelines.evaluate import Method, builder_for, find_method, segment
+from pipelines.evaluate import segment
+from pipelines.methods import Method, find_method
 from pipelines.store import FeatureStore
 from pipelines.workspace import Workspace, write_whole
 
@@ -48,10 +49,10 @@ def draw_first_episodes(path: Path, chosen: Sequence[tuple[EvaluateConfig, int]]
     config = chosen[0][0]
     store = FeatureStore(Workspace(config.workspace).find_store(config.store))
     device = pick_device(config.device)
-    method, name = find_method(config, store, device)
+    method, name, mask_px = find_method(config, store, device)
     episodes = [next(iter(ensure_episodes(evaluation_plan(one, seed), store))) for one, seed in chosen]
     title = f"{name}: {config.classes} classes of fold {config.fold}, the first episode of each seed"
-    return draw_episodes(path, method, title, builder_for(method, store, config.split), episodes, device)
+    return draw_episodes(path, method, title, BatchBuilder(store, config.split, mask_px), episodes, device)
 
 
 @torch.inference_mode()

@@ -4,9 +4,20 @@ import functools
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.store import FeatureStore
+
+
+class Scored(Protocol):
+    """What any evaluation gives, in percent."""
+
+    miou: float
+    std: float
+    interval: tuple[float, float]
+    fb_iou: float
+
 
 NONE = "-"  # value of params that do not apply (training, of a method without), so that all runs share their keys
 
@@ -14,6 +25,13 @@ NONE = "-"  # value of params that do not apply (training, of a method without),
 def metric_key(ways: int, shots: int, prompt: str, statistic: str = "miou") -> str:
     """`miou_1way_1shot_mask`: the one spelling of an evaluation's metrics, so that runs compare."""
     return f"{statistic}_{ways}way_{shots}shot_{prompt}"
+
+
+def task_metrics(task: tuple[int, int, str], score: "Scored") -> dict[str, float]:
+    """The metrics of one evaluation of (ways, shots, prompt)."""
+    low, high = score.interval
+    values = {"miou": score.miou, "std_seeds": score.std, "low95": low, "high95": high, "fb_iou": score.fb_iou}
+    return {metric_key(*task, name): value for name, value in values.items()}
 
 
 def fold_params(
@@ -26,7 +44,8 @@ def fold_params(
     names = set(TrainConfig.model_fields) - {"workspace", "store", "fold", "threads", "device"}
     settings = train.model_dump(mode="json") if train else dict.fromkeys(names, NONE)
     options = {"ways": "ways", "shots": "shots", "prompts": "prompt", "supports": "supports", "eval_seeds": "seeds"}
-    options |= {"eval_episodes": "episodes", "eval_classes": "classes"}
+    options |= {"eval_episodes": "episodes", "eval_classes": "classes", "protocol": "protocol"}
+    options |= {"pool_draws": "pool_draws", "background": "background", "flips": "flips"}
     evaluated = {name: _values(getattr(c, option) for c in evaluations) for name, option in options.items()}
     evaluated["method"] = _values(c.method for c in evaluations) if evaluations else "la"
     return (

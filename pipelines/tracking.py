@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException as TrackingError
 
 from la.errors import InputError
 from pipelines.config import EvaluateConfig, TrainConfig
-from pipelines.identity import fold_params, metric_key
+from pipelines.identity import fold_params, task_metrics
 from pipelines.store import FeatureStore
 from pipelines.workspace import Workspace, digest
 
@@ -211,7 +211,7 @@ def log_evaluation(config: EvaluateConfig, result: "EvaluateResult") -> None:
     params |= {"method": result.method, "episodes_digest": result.episodes_digest}
     params |= {"classes_drawn": result.classes_drawn}
     task = (config.ways, config.shots, config.prompt)
-    metrics = {metric_key(*task): result.miou, metric_key(*task, "std_seeds"): result.std}
+    metrics = task_metrics(task, result)
     name = f"{result.method}-fold{config.fold}-{config.ways}way-{config.shots}shot-{config.prompt}"
     key = f"{name}-{digest([params[name] for name in sorted(params) if name != 'git_sha'], 8)}"
     texts = {"per_class.json": json.dumps(result.per_class, indent=1)}
@@ -279,7 +279,7 @@ def _training_of(config: EvaluateConfig) -> TrainConfig | None:
     """The training behind an evaluation's checkpoint; None for a baseline and for a checkpoint without its run."""
     if config.method != "la":
         return None
-    from pipelines.evaluate import latest_run
+    from pipelines.methods import latest_run
 
     place = config.checkpoint or latest_run(Workspace(config.workspace), config.fold)
     try:

@@ -93,7 +93,7 @@ def validation_plan(config: TrainConfig) -> Plan:
     settings = EvaluateConfig(
         workspace=config.workspace, fold=config.fold, classes="seen", split="val", episodes=config.val_episodes
     )
-    return evaluation_plan(settings, VALIDATION_SEED + config.seed)
+    return evaluation_plan(settings, VALIDATION_SEED + config.seed, config.fold_lists)
 
 
 def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
@@ -167,7 +167,7 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
                 "seconds": at["seconds"],
             }
             if validating:
-                metrics["seen_miou"] = score(average.module, validation, val_builder, device, batch_size=8).miou()
+                metrics["seen_miou"] = score(average.module, validation, val_builder, device).miou()
                 if metrics["seen_miou"] > at["best"]:
                     at["best"] = metrics["seen_miou"]
                     save(run_dir / "best.pt", checkpoint(average.module, config, store, at["step"]))

@@ -25,10 +25,10 @@ class DemoSize:
     train_images: int = 400
     val_images: int = 160
     dim: int = 128  # D of the heads, half of the paper's
-    steps: int = 300
-    batches: tuple[tuple[int, int, int], ...] = ((4, 2, 2), (8, 1, 2), (16, 1, 1))
-    train_batches: int = 600
-    lr: float = 5e-4
+    steps: int = 1500
+    batches: tuple[tuple[int, int, int], ...] = ((2, 2, 2), (4, 1, 2), (8, 1, 1))
+    train_batches: int = 1500
+    lr: float = 1e-3
     val_episodes: int = 50
     seeds: int = 2
     episodes: int = 100
@@ -37,7 +37,7 @@ class DemoSize:
     def train(self) -> dict:
         """Fields of TrainConfig."""
         names = ("dim", "steps", "batches", "train_batches", "lr", "val_episodes")
-        return {name: getattr(self, name) for name in names} | {"warmup_steps": 50, "val_every": 100}
+        return {name: getattr(self, name) for name in names} | {"warmup_steps": 50, "val_every": 250}
 
 
 SMALLEST = DemoSize(80, 48, 32, 20, ((2, 1, 1), (2, 2, 1)), 20, 1e-3, 5, 1, 5)  # for tests of the line, not its result

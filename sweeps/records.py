@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from pipelines.config import SweepConfig
-from pipelines.identity import fold_params, git_sha, metric_key
+from pipelines.identity import fold_params, git_sha, task_metrics
 from pipelines.tracking import Run, Tracker, TrackingError, final_metrics, read_curve
 from sweeps.plan import SweepPlan
 from sweeps.tables import Table
@@ -129,8 +129,7 @@ def fold_metrics(result: FoldResult) -> dict[str, float]:
     """The metrics of one fold's run; the evaluation's keys are the same for every variant."""
     metrics = {"seconds": result.seconds} | final_metrics(result.step, result.training or NO_TRAINING)
     for score in result.scores:
-        task = (score.ways, score.shots, score.prompt)
-        metrics |= {metric_key(*task): score.miou, metric_key(*task, "std_seeds"): score.std}
+        metrics |= task_metrics((score.ways, score.shots, score.prompt), score)
     return metrics
 
 

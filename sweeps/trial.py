@@ -48,10 +48,13 @@ class Score(Settings):
     prompt: Prompt
     miou: float
     std: float
+    interval: tuple[float, float]  # 95 %, bootstrap over episodes
+    fb_iou: float
     per_seed: list[float]
     per_class: dict[str, float]
     episodes_digest: str
     classes_drawn: int
+    method: str
 
 
 class FoldResult(Settings):

@@ -68,6 +68,9 @@ def fake_evaluate(config: EvaluateConfig, on_progress) -> SimpleNamespace:
     return SimpleNamespace(
         miou=miou,
         std=0.5,
+        interval=(miou - 1, miou + 1),
+        fb_iou=60.0,
+        method="paper@10",
         per_seed=[miou - 0.5, miou + 0.5],
         per_class={"cat": miou, "dog": float("nan")},
         episodes_digest=f"{config.fold}-{config.ways}-{config.shots}-{config.prompt}",

@@ -1,4 +1,4 @@
-"""COCO folders, folds and masks."""
+"""COCO folders and masks."""
 
 import json
 from collections.abc import Callable
@@ -10,17 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as rle_tools
 
-from la.coco import IGNORED, Dataset, decode, find_splits, fold_classes, label_map, load_coco, run_lengths
+from la.coco import IGNORED, VOID, Dataset, decode, find_splits, label_map, load_coco, run_lengths
 from la.errors import InputError
 from tests.conftest import CROWDED, DOG, EMPTY, GREY, PERSON
-
-UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # COCO's 80 categories are numbered 1 to 90 with these left out
-COCO_IDS = [i for i in range(1, 91) if i not in UNUSED_IDS]
-FOLD_0 = {
-    1: "person", 5: "airplane", 9: "boat", 14: "parking meter", 18: "dog", 22: "elephant", 27: "backpack",
-    33: "suitcase", 37: "sports ball", 41: "skateboard", 46: "wine glass", 50: "spoon", 54: "sandwich", 58: "hot dog",
-    62: "chair", 67: "dining table", 74: "mouse", 78: "microwave", 82: "refrigerator", 87: "scissors",
-}  # fmt: skip
+from tests.test_folds import COCO_IDS, FOLD_0
 
 
 def train(root: Path) -> Dataset:
@@ -34,26 +27,16 @@ def edit(root: Path, change: Callable[[dict], object]) -> None:
     file.write_text(json.dumps(content))
 
 
-def test_fold_0_is_the_published_list():
-    assert fold_classes(COCO_IDS, 0)[1] == list(FOLD_0)
-
-
-@pytest.mark.parametrize("fold", range(4))
-def test_unseen_classes_are_every_fourth_by_position(fold):
-    seen, unseen = fold_classes(reversed(COCO_IDS), fold)
-    assert unseen == [COCO_IDS[fold + 4 * k] for k in range(20)]
-    assert sorted(seen + unseen) == COCO_IDS
-    assert len(seen) == 60
-
-
-def test_every_class_is_unseen_in_one_fold():
-    assert sorted(c for fold in range(4) for c in fold_classes(COCO_IDS, fold)[1]) == COCO_IDS
-
-
-@pytest.mark.parametrize("fold", [-1, 4])
-def test_a_fold_that_is_none_is_refused(fold):
-    with pytest.raises(InputError, match=f"--fold is {fold}; .* 0 to 3"):
-        fold_classes(COCO_IDS, fold)
+def test_void_pixels_are_ignored_whatever_the_classes(tiny_coco):
+    runs = [0, 6, 48 * 64 - 6]  # the first six pixels of the first column
+    edit(tiny_coco, lambda c: c["images"][0].update(void_rle={"size": [48, 64], "counts": runs}))
+    data = train(tiny_coco)
+    image_id = min(data.images)
+    for classes in ((PERSON,), (DOG,)):
+        labels = label_map(data, image_id, classes)
+        assert (labels[:6, 0] == IGNORED).all()
+        assert (labels == IGNORED).sum() == 6
+    assert VOID not in data.class_areas[image_id]
 
 
 def test_a_folder_is_read_as_it_lies(tiny_coco):

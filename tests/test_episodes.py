@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from la.coco import Annotation, Dataset, Image, decode, fold_classes
+from la.coco import Annotation, Dataset, Image, decode
 from la.episodes import MAX_POINTS, Pool, evaluation_episode, training_episode
 from la.errors import InputError
+from la.folds import fold_classes
 
 SIZE = 64
 
@@ -112,6 +113,18 @@ def test_the_query_shows_one_some_or_all_classes_about_equally_often():
         counts[len(set(POOL.classes_in[episode.query]) & set(episode.classes))] += 1
     assert counts[0] == 0
     assert min(counts[1:]) > 200
+
+
+def test_a_query_may_be_drawn_image_first_or_of_classes_that_a_run_shares():
+    by_image = [evaluation_episode(POOL, "t", i, 1, 1, "mask", query_draw="image") for i in range(2000)]
+    counts = np.bincount([e.query for e in by_image])[1:]
+    shown = POOL.images_showing(1)
+    assert {e.query for e in by_image} == set(shown)
+    assert counts.max() < 3 * len(by_image) / len(shown), "images are equally likely, whatever they show"
+    for run in ("seed0", "seed1"):
+        fixed = [evaluation_episode(POOL, run, i, 2, 1, "mask", query_draw="run") for i in range(50)]
+        assert len({frozenset(e.classes) for e in fixed}) == 1
+        assert len({e.query for e in fixed}) > 5
 
 
 def test_prompt_kinds_are_compared_on_the_same_images():

@@ -1,12 +1,13 @@
 """mIoU against masks worked by hand."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from la.coco import IGNORED
-from la.metrics import FewShotIoU
+from la.metrics import FewShotIoU, score_episode
 
 
 def test_iou_by_hand():
@@ -55,3 +56,40 @@ def test_scores_add_up():
     both.add(truth, truth, (1,))
     one += other
     assert vars(one) == vars(both)
+
+
+def test_fb_iou_by_hand():
+    scores = FewShotIoU()
+    # foreground: 2 of 3 pixels of the union, though the classes are swapped; background: 1 of 2
+    scores.add(torch.tensor([[2, 1, 1, 0]]), torch.tensor([[1, 2, 0, 0]]), (4, 5))
+    assert scores.fb_iou() == pytest.approx((100 * 2 / 3 + 100 / 2) / 2)
+    assert scores.miou() == 0
+    scores.add(torch.tensor([[1, 1, 0, 0]]), torch.tensor([[1, 1, 0, IGNORED]]), (4,))
+    assert scores.fb_iou() == pytest.approx((100 * 4 / 5 + 100 * 2 / 3) / 2), "accumulated over episodes"
+
+
+def test_the_interval_holds_the_mean_and_shrinks_with_episodes():
+    def scores(count):
+        chance, made = np.random.default_rng(1), FewShotIoU()
+        for _ in range(count):
+            guess = torch.from_numpy(chance.integers(0, 2, (8, 8)))
+            made.add(guess, torch.from_numpy(chance.integers(0, 2, (8, 8))), (int(chance.integers(1, 4)),))
+        return made
+
+    few, many = scores(40), scores(1000)
+    widths = []
+    for made in (few, many):
+        low, high = made.interval()
+        assert low < made.miou() < high
+        assert made.interval() == (low, high), "the same on every call"
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 3
+    same = FewShotIoU(few.episodes[:1] * 50)
+    assert same.interval() == pytest.approx((same.miou(), same.miou()))
+
+
+def test_one_episode_by_hand():
+    score = score_episode(torch.tensor([[1, 1, 0]]), torch.tensor([[1, 0, 0]]), (7, 9))
+    assert score.counts == ((1, 2), (0, 0))
+    assert (score.foreground, score.background) == ((1, 2), (1, 2))
+    assert score.miou() == 75, "a class that is neither there nor predicted counts 100"

@@ -135,7 +135,14 @@ def test_train_and_evaluate_log_what_they_did(tmp_path, monkeypatch):
     log_training(config, SimpleNamespace(run_dir=run_dir, checkpoint=run_dir / "best.pt", step=20, metrics=metrics))
     evaluation = EvaluateConfig(workspace=tmp_path, checkpoint=run_dir / "best.pt", prompt="box")
     result = SimpleNamespace(
-        miou=25.0, std=1.0, per_class={"cat": 25.0}, episodes_digest="e", classes_drawn=1, method="la@20"
+        miou=25.0,
+        std=1.0,
+        interval=(24.0, 26.5),
+        fb_iou=60.0,
+        per_class={"cat": 25.0},
+        episodes_digest="e",
+        classes_drawn=1,
+        method="la@20",
     )
     for _ in range(2):
         log_evaluation(evaluation, result)
@@ -144,7 +151,8 @@ def test_train_and_evaluate_log_what_they_did(tmp_path, monkeypatch):
     assert history(tracker, trained.info.run_id, "loss") == [(10, 2.0), (20, 1.0)]
     assert trained.data.metrics["best_seen_miou"] == 8.0
     assert trained.data.metrics["seen_miou"] == 7.0
-    assert judged.data.metrics == {"miou_1way_1shot_box": 25.0, "std_seeds_1way_1shot_box": 1.0}
+    figures = {"miou": 25.0, "std_seeds": 1.0, "low95": 24.0, "high95": 26.5, "fb_iou": 60.0}
+    assert judged.data.metrics == {f"{name}_1way_1shot_box": value for name, value in figures.items()}
     assert (judged.data.params["method"], judged.data.params["steps"]) == ("la@20", "20")
     assert set(trained.data.params) <= set(judged.data.params)
     assert json.loads(next(Workspace(tmp_path).artifacts.rglob("per_class.json")).read_text()) == {"cat": 25.0}

@@ -8,9 +8,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from la.errors import InputError
+from la.folds import fold_classes
 from la.model import LabelAnything
 from la.model import preset as preset_of
 from la.official import to_official
+from la.protocols import PROTOCOLS
 from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.episodes import draw, ensure_episodes, evaluation_plan, training_plan
@@ -209,14 +211,59 @@ def _free_port():
         return probe.getsockname()[1]
 
 
-def test_evaluation_does_not_depend_on_the_batch_size(workspace):
+def test_evaluation_gives_the_same_bits_again_and_about_the_same_one_by_one(workspace, monkeypatch):
     run = train(settings(workspace))
-    results = [
-        evaluate(EvaluateConfig(workspace=workspace, checkpoint=run.run_dir, seeds=1, episodes=9, batch_size=size))
-        for size in (1, 4)
-    ]
-    assert results[0].miou == pytest.approx(results[1].miou, abs=0.05)
-    assert results[0].episodes_digest == results[1].episodes_digest
+    config = EvaluateConfig(workspace=workspace, checkpoint=run.run_dir, seeds=1, episodes=9)
+    together = evaluate(config)
+    assert evaluate(config) == together
+    monkeypatch.setattr("pipelines.evaluate.SUPPORTS_AT_ONCE", 1)
+    apart = evaluate(config)
+    assert apart.miou == pytest.approx(together.miou, abs=0.05)
+    assert apart.episodes_digest == together.episodes_digest
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_protocol_evaluates(workspace, protocol):
+    config = EvaluateConfig(workspace=workspace, method="prototype", protocol=protocol, episodes=12, ways=2, seeds=2)
+    result = evaluate(config)
+    assert result.protocol == protocol
+    low, high = result.interval
+    assert low <= high
+    assert 0 < result.fb_iou < 100
+    store = FeatureStore(next((workspace / "features").iterdir()))
+    plans = [evaluation_plan(config, seed) for seed in (0, 1)]
+    drawn = [list(ensure_episodes(plan, store)) for plan in plans]
+    if protocol == "panet":
+        assert [len({frozenset(e.classes) for e in episodes}) for episodes in drawn] == [1, 1], (
+            "classes are fixed in a run"
+        )
+    unseen = fold_classes(store.dataset("val").categories, 0, PROTOCOLS[protocol].folds)[1]
+    assert {c for episodes in drawn for e in episodes for c in e.classes} <= set(unseen)
+
+
+def test_variants_at_test_time_change_the_result_and_not_the_episodes(workspace):
+    run = train(settings(workspace))
+    config = EvaluateConfig(workspace=workspace, checkpoint=run.run_dir, seeds=1, episodes=6)
+    plain = evaluate(config)
+    for change in ({"pool_draws": 2}, {"background": "supports"}, {"flips": True}):
+        other = evaluate(config.model_copy(update=change))
+        assert other.episodes_digest == plain.episodes_digest
+        assert other.per_seed != plain.per_seed, change
+
+
+def test_contiguous_folds_need_a_checkpoint_trained_on_them(workspace):
+    run = train(settings(workspace))
+    config = EvaluateConfig(workspace=workspace, checkpoint=run.run_dir, seeds=1, episodes=2, protocol="panet")
+    with pytest.raises(InputError, match="train with --fold-lists contiguous"):
+        evaluate(config)
+    run = train(settings(workspace, fold_lists="contiguous"))
+    assert evaluate(config.model_copy(update={"checkpoint": run.run_dir})).protocol == "panet"
+
+
+def test_a_generalist_may_be_tested_on_what_it_has_seen(workspace):
+    run = train(settings(workspace, classes="all"))
+    result = evaluate(EvaluateConfig(workspace=workspace, checkpoint=run.run_dir, seeds=1, episodes=2, fold=3))
+    assert result.method.startswith("generalist")
 
 
 def test_a_checkpoint_is_refused_on_classes_it_has_seen(workspace):

@@ -186,7 +186,7 @@ def _paint(
     x, y = x - thing.centre[0], y - thing.centre[1]
     side = min(canvas.shape[:2])
     # The period grows slowly with the object: always several periods across it, and several pixels each.
-    period = np.clip(0.2 * thing.diameter, 0.055 * side, 0.085 * side) * rng.uniform(0.9, 1.1)
+    period = np.clip(0.12 * thing.diameter, 0.038 * side, 0.055 * side) * rng.uniform(0.9, 1.1)
     cos, sin = np.cos(thing.angle), np.sin(thing.angle)
     second = texture((x * cos + y * sin) / period, (y * cos - x * sin) / period, rng)[..., None]
     fill = thing.colours[0] * (1 - second) + thing.colours[1] * second
@@ -214,7 +214,7 @@ def compose(
     things: list[Thing] = []
     areas: list[float] = []
     for shape, texture in kinds:
-        diameter = side * rng.uniform(0.25, 0.6 if len(kinds) < 4 else 0.5)
+        diameter = side * rng.uniform(0.32, 0.66 if len(kinds) < 4 else 0.55)
         for _attempt in range(16):
             angle = rng.uniform(0, 2 * np.pi)
             centre = rng.uniform(0.1, 0.9, 2) * (size[1], size[0])

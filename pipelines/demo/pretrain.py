@@ -1,9 +1,9 @@
-"""Pre-trains the demo's vision transformer on scenes of made-up objects: about 15 minutes on one core.
+"""Pre-trains the demo's vision transformer on scenes of made-up objects: about ten minutes on one core.
 
 The scenes are drawn as those of ``draw_scenes`` are, but of other objects: 300 random outlines and 300
 random textures in place of the data set's ten shapes and eight textures, so that neither an image nor a
 label of the eighty classes is seen; nor is there any other class.  From each patch token of the final norm,
-linear heads tell measures of the outline and of the texture of the object it lies on (see
+linear heads tell which of the outlines and textures the object it lies on has, measures of both (see
 ``pipelines.demo.kinds``), where that object's visible part is centred and how large it is, which pixels of
 the patch belong to any object, which patches near by are of the same object, and the patch's own pixels
 and spectrum.  For most of the run more than half of the tokens, drawn at random, are left
@@ -78,7 +78,7 @@ def draw_pool(count: int, seed: int) -> dict[str, torch.Tensor]:
     kinds = np.zeros((count, MOST_OBJECTS + 1, 2), np.int64)
     for n in range(count):
         rng = np.random.default_rng([seed, 1, n])
-        wanted = [(int(rng.integers(OUTLINES)), int(rng.integers(TEXTURES))) for _ in range(rng.integers(2, 6))]
+        wanted = [(int(rng.integers(OUTLINES)), int(rng.integers(TEXTURES))) for _ in range(rng.integers(2, 5))]
         scene = compose(rng, wanted, (SIZE, SIZE), outlines, textures)
         images[n], covered[n], objects[n] = scene.image, scene.instances > 0, patch_objects(scene.instances)
         for k, thing in enumerate(scene.things, start=1):
@@ -127,6 +127,8 @@ class Pretraining(nn.Module):
         self.parts = {
             "outline": outline_measures,
             "texture": texture_measures,
+            "which_outline": OUTLINES,
+            "which_texture": TEXTURES,
             "extent": 3,
             "covered": PATCH * PATCH,
             "pixels": 3 * PATCH * PATCH,
@@ -224,6 +226,8 @@ def losses(
     return {
         "outline": F.mse_loss(out["outline"][on_object], pool["outlines"][kind[:, 0]]),
         "texture": F.mse_loss(out["texture"][on_object], pool["textures"][kind[:, 1]]),
+        "which_outline": F.cross_entropy(out["which_outline"][on_object], kind[:, 0]),
+        "which_texture": F.cross_entropy(out["which_texture"][on_object], kind[:, 1]),
         "extent": F.smooth_l1_loss(out["extent"][on_object], chosen(extents(objects))[on_object], beta=0.1),
         "silhouette": F.binary_cross_entropy_with_logits(
             out["silhouette"][on_object], chosen(silhouettes(objects))[on_object]
@@ -237,6 +241,8 @@ def losses(
 WEIGHTS = {
     "outline": 1.0,
     "texture": 1.0,
+    "which_outline": 0.3,
+    "which_texture": 0.5,
     "extent": 3.0,
     "covered": 1.0,
     "pixels": 1.0,
@@ -296,7 +302,7 @@ def train(*, steps: int, scenes: int, batch: int, seed: int, out: Path, rate: fl
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write (fp16)")
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--scenes", type=int, default=4000, help="drawn once, seen again augmented")
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)

@@ -20,7 +20,7 @@ from PIL import Image
 from pipelines.demo.drawing import SHAPES, TEXTURES, Scene, compose
 
 # Raised whenever the drawing changes, so that an older folder is not taken for a current one.
-VERSION = 1
+VERSION = 2
 SPLITS = ("train2017", "val2017")
 FOLDS = 4
 RECORD = "scenes.json"
@@ -49,7 +49,7 @@ def draw_scene(seed: int, split: str, number: int, size: tuple[int, int] = (128,
     turns = np.random.default_rng([seed, which, 1, number // per_round]).permutation(len(PAIRS))
     kinds = [PAIRS[turns[number % per_round]], PAIRS[turns[number % per_round + per_round]]]
     rng = np.random.default_rng([seed, which, 0, number])
-    for _ in range(rng.integers(0, 5)):
+    for _ in range(rng.integers(0, 3)):
         shape, texture = PAIRS[rng.integers(len(PAIRS))]
         like = kinds[rng.integers(2)]
         # Near misses and second objects of a class, so that neither shape nor texture alone is enough.

@@ -1,0 +1,100 @@
+"""Methods to evaluate by name: trained checkpoints, their variants at test time, and the training-free baselines."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from la.baselines import BASELINES
+from la.batch import EpisodeBatch
+from la.errors import InputError
+from la.folds import fold_classes
+from la.model import LabelAnything, load_state
+from la.protocols import protocol_of
+from la.test_time import averaged_over_draws, with_background_prompts, with_flips
+from pipelines.config import EvaluateConfig
+from pipelines.store import FeatureStore
+from pipelines.workspace import Workspace
+
+Method = Callable[[EpisodeBatch], Tensor]
+
+
+def find_method(config: EvaluateConfig, store: FeatureStore, device: torch.device) -> tuple[Method, str, int | None]:
+    """What to call on batches, its name with the step of its checkpoint, and the side of its mask prompts in pixels.
+
+    Raises InputError for an unknown method and for a checkpoint that is missing, that has seen the classes it would be
+    tested on or that was trained on other features.
+    """
+    if config.method in BASELINES:
+        method, name, mask_px = BASELINES[config.method], config.method, None
+        if config.pool_draws or config.background != "learned":
+            raise InputError(f"--pool-draws and --background are of trained models; --method {config.method} is none.")
+    elif config.method == "la":
+        model, name = _load(config, store, device)
+        method, mask_px = _variant(model, config), model.config.mask_px
+    else:
+        raise InputError(f"--method {config.method} is unknown. Choose la or one of {', '.join(BASELINES)}.")
+    return (partial(with_flips, method) if config.flips else method), name, mask_px
+
+
+def _variant(model: LabelAnything, config: EvaluateConfig) -> Method:
+    def method(batch: EpisodeBatch) -> Tensor:
+        if config.background == "supports":
+            batch = with_background_prompts(batch)
+        return averaged_over_draws(model, batch, config.pool_draws) if config.pool_draws else model(batch)
+
+    return method
+
+
+def _load(config: EvaluateConfig, store: FeatureStore, device: torch.device) -> tuple[LabelAnything, str]:
+    path = config.checkpoint or latest_run(Workspace(config.workspace), config.fold)
+    path = path / "best.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"--checkpoint {path} is not there. Pass a run's folder or its best.pt.")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model = load_state(saved).to(device).eval()
+    except Exception as error:
+        raise InputError(f"--checkpoint {path} is not a Label Anything checkpoint ({error}).") from error
+    training = json.loads(saved.get("train_config", "{}"))
+    generalist = training.get("classes") == "all"
+    if config.classes == "unseen" and not generalist:
+        categories = store.dataset(config.split).categories
+        _, unseen = fold_classes(categories, saved["fold"], training.get("fold_lists", "interleaved"))
+        tested = fold_classes(categories, config.fold, protocol_of(config.protocol).folds)[1]
+        if not set(tested) <= set(unseen):
+            raise InputError(
+                f"--checkpoint {path} was trained on fold {saved['fold']}, so it has seen classes of fold "
+                f"{config.fold} of protocol {config.protocol}. Use --fold {saved['fold']} or another checkpoint; for "
+                "contiguous folds, train with --fold-lists contiguous."
+            )
+    if saved["store"] is None and model.config.channels != store.info.channels:
+        raise InputError(
+            f"--checkpoint {path} takes features of {model.config.channels} channels, but those of store {store.key} "
+            f"({store.info.backbone}) have {store.info.channels}. Featurize with the backbone it was trained on."
+        )
+    if saved["store"] not in (None, store.key):
+        raise InputError(
+            f"--checkpoint {path} was trained on features {saved['store']}, but the store is {store.key}: another "
+            f"backbone, image size or data set. Pass --store {saved['store']}, or featurize with the same settings."
+        )
+    name = f"{training.get('preset', 'la')}@{saved['step']}"
+    return model, f"generalist {name}" if generalist else name
+
+
+def latest_run(workspace: Workspace, fold: int) -> Path:
+    """The folder of the run finished last on that fold; InputError where there is none."""
+    finished = []
+    for result in workspace.runs.glob("*/result.json"):
+        settings = json.loads((result.parent / "config.json").read_text())
+        if settings["fold"] == fold:
+            finished.append((result.stat().st_mtime, result.parent))
+    if not finished:
+        raise InputError(
+            f"--workspace {workspace.root} has no finished training of fold {fold}. "
+            f"Run `python cli.py train --fold {fold}`, or pass --checkpoint or --method prototype."
+        )
+    return max(finished)[1]
