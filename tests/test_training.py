@@ -13,11 +13,13 @@ from la.model import LabelAnything
 from la.model import preset as preset_of
 from la.official import to_official
 from la.protocols import PROTOCOLS
+from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.episodes import draw, ensure_episodes, evaluation_plan, training_plan
 from pipelines.evaluate import evaluate
 from pipelines.featurize import featurize
+from pipelines.methods import find_method
 from pipelines.official import import_official
 from pipelines.store import FeatureStore
 from pipelines.training import Worker, read_ahead, run_dir_of, train, train_loop
@@ -241,14 +243,25 @@ def test_every_protocol_evaluates(workspace, protocol):
     assert {c for episodes in drawn for e in episodes for c in e.classes} <= set(unseen)
 
 
-def test_variants_at_test_time_change_the_result_and_not_the_episodes(workspace):
+def test_variants_at_test_time_change_the_logits(workspace):
     run = train(settings(workspace))
-    config = EvaluateConfig(workspace=workspace, checkpoint=run.run_dir, seeds=1, episodes=6)
-    plain = evaluate(config)
-    for change in ({"pool_draws": 2}, {"background": "supports"}, {"flips": True}):
-        other = evaluate(config.model_copy(update=change))
-        assert other.episodes_digest == plain.episodes_digest
-        assert other.per_seed != plain.per_seed, change
+    store = FeatureStore(next((workspace / "features").iterdir()))
+    config = EvaluateConfig(workspace=workspace, checkpoint=run.run_dir, seeds=1, episodes=6, ways=2)
+    episodes = list(ensure_episodes(evaluation_plan(config, 0), store))
+
+    def logits(**changes):
+        method, _, mask_px = find_method(config.model_copy(update=changes), store, torch.device("cpu"))
+        with torch.inference_mode():
+            return method(BatchBuilder(store, "val", mask_px).pack(episodes))
+
+    plain = logits()
+    assert torch.equal(plain, logits())
+    for changes in ({"pool_draws": 2}, {"background": "supports"}, {"flips": True}):
+        other = logits(**changes)
+        assert other.shape == plain.shape
+        assert (other - plain).abs().max() > 1e-4, changes
+    with pytest.raises(InputError, match="--pool-draws and --background are of trained models"):
+        logits(method="prototype", pool_draws=2)
 
 
 def test_contiguous_folds_need_a_checkpoint_trained_on_them(workspace):
