@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from la.errors import InputError
+from sweeps.studies import STUDIES
+from sweeps.study import Study
 
 console = Console()
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
@@ -446,53 +448,75 @@ def export_official(
         console.print(f"weights: {out}", highlight=False, soft_wrap=True)
 
 
-@sweep_app.command()
-def ablations(
-    folds: FoldsOption = "0",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each variant.")] = 2000,
-    minutes: Annotated[float | None, typer.Option(help="Stop each training after this long.")] = None,
-    recipe: RecipeOption = "small",
-    lr: LrOption = None,
-    batch_scale: BatchScaleOption = 1.0,
-    variants: Annotated[str | None, typer.Option(help="Such as complete,no_mixer; default: all.")] = None,
-    seeds: SeedsOption = 5,
-    count: EpisodesOption = 1000,
-    shots: Annotated[str, typer.Option(help="Shots of the evaluations, such as 1,5.")] = "1",
-    concurrent: Annotated[
-        int | None, typer.Option(min=1, help="Trials at once; default: as many as CPUs and GPUs take.")
-    ] = None,
-    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of each trial; a fraction shares one.")] = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    store: StoreOption = None,
-    device: DeviceOption = "auto",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each trial.")] = 1,
-    tracking_uri: Annotated[str | None, typer.Option(help="An MLflow server; default: the workspace's own.")] = None,
-) -> None:
-    """Tables 5 and 6 of the paper: LA without each of its parts, and by kind of prompt, beside the paper's numbers.
+def commas(values) -> str:
+    """(1, 2) as "1,2"."""
+    return ",".join(map(str, values))
 
-    Each variant is trained on each fold and evaluated 1-way and 2-way on unseen classes with every kind of prompt.
-    Killed and started again, it goes on where it was; a variant that fails does not lose the others.
-    """
-    with mistakes():
-        from pipelines.config import SweepConfig
-        from sweeps.runner import run_sweep
 
-        config = SweepConfig(
-            workspace=workspace.absolute(),
-            store=store,
-            folds=numbers(folds, "--folds"),
-            variants=variants.split(",") if variants else None,
-            train={"steps": steps, "minutes": minutes} | of_recipe(recipe, batch_scale, lr=lr),
-            shots=numbers(shots, "--shots"),
-            seeds=seeds,
-            episodes=count,
-            concurrent=concurrent,
-            gpus=gpus,
-            device=device,
-            threads=threads,
-            tracking_uri=tracking_uri,
-        )
-        finish_sweep(run_sweep(config, console))
+def add_study(study: Study) -> None:
+    """The verb `sweep <study>`: all studies have the same options, with defaults of their own."""
+
+    def command(
+        folds: FoldsOption = commas(study.folds),
+        steps: Annotated[int, typer.Option(min=1, help="Training steps of each variant.")] = 2000,
+        minutes: Annotated[float | None, typer.Option(help="Stop each training after this long.")] = None,
+        recipe: RecipeOption = "small",
+        lr: LrOption = None,
+        batch_scale: BatchScaleOption = 1.0,
+        dim: Annotated[int | None, typer.Option(help="Channels after the neck; default: the preset's.")] = None,
+        variants: Annotated[
+            str | None, typer.Option(help=f"Some of {commas(v.name for v in study.variants)}; default: all.")
+        ] = None,
+        protocol: ProtocolOption = "la",
+        seeds: Annotated[int | None, typer.Option(min=1, help="Sets of episodes; default: the protocol's.")] = None,
+        count: Annotated[int | None, typer.Option("--episodes", min=1, help="Of each seed.")] = None,
+        ways: Annotated[str, typer.Option(help="Ways of the evaluations.")] = commas(study.ways),
+        shots: Annotated[str, typer.Option(help="Shots of the evaluations.")] = commas(study.shots),
+        concurrent: Annotated[
+            int | None, typer.Option(min=1, help="Trials at once; default: as many as CPUs and GPUs take.")
+        ] = None,
+        gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of each trial; a fraction shares one.")] = None,
+        workspace: WorkspaceOption = WORKSPACE,
+        store: StoreOption = None,
+        device: DeviceOption = "auto",
+        threads: Annotated[int, typer.Option(min=1, help="CPU threads of each trial.")] = 1,
+        tracking_uri: Annotated[str | None, typer.Option(help="An MLflow server; default: the workspace's.")] = None,
+    ) -> None:
+        with mistakes():
+            from la.protocols import protocol_of
+            from pipelines.config import SweepConfig
+            from sweeps.runner import run_sweep
+
+            config = SweepConfig(
+                workspace=workspace.absolute(),
+                store=store,
+                study=study.name,
+                folds=numbers(folds, "--folds"),
+                variants=variants.split(",") if variants else None,
+                train={"steps": steps, "minutes": minutes, "dim": dim} | of_recipe(recipe, batch_scale, lr=lr),
+                ways=numbers(ways, "--ways"),
+                shots=numbers(shots, "--shots"),
+                prompts=study.prompts,
+                protocol=protocol,
+                seeds=seeds or protocol_of(protocol).seeds,
+                episodes=count or protocol_of(protocol).episodes,
+                concurrent=concurrent,
+                gpus=gpus,
+                device=device,
+                threads=threads,
+                tracking_uri=tracking_uri,
+            )
+            finish_sweep(run_sweep(config, console))
+
+    told = (
+        "Each variant is trained on each fold and evaluated on unseen classes. Killed and started again, the sweep goes "
+        "on where it was; a variant that fails does not lose the others."
+    )
+    sweep_app.command(study.name, help=f"{study.about}\n\n{told}")(command)
+
+
+for each in STUDIES.values():
+    add_study(each)
 
 
 def finish_sweep(result) -> None:

@@ -154,7 +154,7 @@ class SweepConfig(Settings):
 
     workspace: Path
     store: str | None = None  # key of the feature store; None: the only one in the workspace
-    study: Literal["ablations"] = "ablations"
+    study: str = "ablations"  # of sweeps.studies
     variants: tuple[str, ...] | None = None  # names; None: all of the study
     folds: tuple[int, ...] = Field((0,), min_length=1)
     train: dict[str, Any] = {}  # other TrainConfig fields, the same for every variant
@@ -162,6 +162,7 @@ class SweepConfig(Settings):
     ways: tuple[int, ...] = Field((1, 2), min_length=1)
     shots: tuple[int, ...] = Field((1,), min_length=1)
     prompts: tuple[Prompt, ...] = Field(PROMPTS, min_length=1)
+    protocol: str = "la"
     seeds: int = Field(5, ge=1)
     episodes: int = Field(1000, ge=1)  # of each seed
     # where: none of it changes a result

@@ -9,14 +9,16 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from la.errors import InputError
+from la.protocols import protocol_of
 from pipelines.config import EvaluateConfig, SweepConfig, TrainConfig
 from pipelines.store import FeatureStore
 from pipelines.workspace import Workspace, digest
-from sweeps.ablations import STUDIES, Variant
+from sweeps.studies import STUDIES
+from sweeps.study import Variant
 from sweeps.trial import Job
 
 # The sweep sets these itself, or they have no meaning inside a single-worker trial.
-SET_BY_SWEEP = {"workspace", "store", "fold", "device", "threads", "workers"}
+SET_BY_SWEEP = {"workspace", "store", "fold", "fold_lists", "device", "threads", "workers"}
 NOT_IN_DIGEST = {"workspace", "concurrent", "threads", "gpus", "device", "tracking_uri"}  # they change no result
 
 
@@ -51,7 +53,7 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
 
 
 def _choose(config: SweepConfig) -> tuple[Variant, ...]:
-    variants = {variant.name: variant for variant in STUDIES[config.study]()}
+    variants = {variant.name: variant for variant in STUDIES[config.study].variants}
     wanted = dict.fromkeys(config.variants if config.variants is not None else variants)
     unknown = [name for name in wanted if name not in variants]
     if unknown or not wanted:
@@ -72,6 +74,7 @@ def _job(config: SweepConfig, variant: Variant, fold: int, folder: Path) -> Job:
             ways=ways,
             shots=shots,
             prompt=prompt,
+            protocol=config.protocol,
             seeds=config.seeds,
             episodes=config.episodes,
         )
@@ -85,13 +88,15 @@ def _job(config: SweepConfig, variant: Variant, fold: int, folder: Path) -> Job:
 
 def _train_config(config: SweepConfig, variant: Variant, fold: int, place: dict) -> TrainConfig:
     for field in config.train:
-        reserved = field in SET_BY_SWEEP or field in variant.overrides
+        # a variant may have a learning rate of its own, beside that of the others
+        reserved = field in SET_BY_SWEEP or (field in variant.overrides and field != "lr")
         if reserved or field not in TrainConfig.model_fields:
             reason = f"set by the sweep ({variant.name})" if reserved else "no setting of training"
             choices = sorted(set(TrainConfig.model_fields) - SET_BY_SWEEP)
             raise InputError(f"Training setting {field!r} is {reason}. Choose from {', '.join(choices)}.")
     try:
-        return TrainConfig(**place, **config.train, **variant.overrides, fold=fold)
+        lists = protocol_of(config.protocol).folds
+        return TrainConfig(**place, **(config.train | dict(variant.overrides)), fold=fold, fold_lists=lists)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))

@@ -27,11 +27,12 @@ from pipelines.cluster import ray_session
 from pipelines.config import SweepConfig
 from pipelines.tracking import Tracker
 from pipelines.workspace import Workspace
-from sweeps.ablations import Variant
 from sweeps.display import SweepDisplay
 from sweeps.plan import only_driver, plan_sweep
 from sweeps.records import SweepRuns
-from sweeps.tables import Table, ablation_tables
+from sweeps.studies import STUDIES
+from sweeps.study import Variant
+from sweeps.tables import Table
 from sweeps.trial import FoldResult, Job, Report, describe_error, read_result, run_trial
 
 Trainable = Callable[[Job, Report], FoldResult]
@@ -52,7 +53,7 @@ class SweepResult:
 
     @property
     def tables(self) -> list[Table]:
-        return ablation_tables(self)
+        return STUDIES[self.config.study].tables(self)
 
 
 class Listener(Protocol):

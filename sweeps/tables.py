@@ -1,9 +1,10 @@
-"""Tables 5 and 6 of the paper beside what a sweep measured."""
+"""The paper's tables beside what a sweep measured."""
 
 import csv
 import io
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,13 @@ import rich.table
 from rich.console import Console
 from rich.text import Text
 
-from sweeps.ablations import PAPER_PROMPTS, PROMPT_TITLES, Task
-from sweeps.trial import last_line
+from sweeps.study import Paper, Task
+from sweeps.trial import Score, last_line
 
 if TYPE_CHECKING:
     from sweeps.runner import SweepResult
+
+Row = tuple[str, str, str, Paper]  # title, variant, prompt, the paper's numbers
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Table:
         table = rich.table.Table(title=self.title, caption=Text("\n".join(self.notes)), caption_justify="left")
         for number, column in enumerate(self.columns):
             # Each stands beside its measurement; the full title would not fit a terminal.
-            title = "paper" if column.startswith("paper") else column
-            table.add_column(title, justify="right" if number else "left")
+            short = next((word for word in ("paper", "difference") if column.startswith(word)), column)
+            table.add_column(short, justify="right" if number else "left")
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -49,74 +52,124 @@ class Table:
         return console.file.getvalue()
 
 
-def ablation_tables(result: "SweepResult") -> list[Table]:
-    """Table 5, configuration by task with mask prompts, and Table 6, prompt type by task of the complete model.
+def by_task(result: "SweepResult", name: str, title: str, note: str, paper: bool = True) -> Table:
+    """Variant by task, masks as prompts."""
+    rows = [(v.title, v.name, "mask", v.paper if paper else {}) for v in result.variants]
+    return task_table(result, name, title, rows, note)
 
-    A cell is the mean over folds in percent, with the sample deviation over folds or, of a single fold, over seeds.
-    It says so where trials failed or have not run. A table the sweep was not asked to measure is left out.
+
+def task_table(result: "SweepResult", name: str, title: str, rows: Sequence[Row], note: str) -> Table:
+    """Rows by task: the mean over folds in percent, with the deviation over folds or, of a single fold, over seeds.
+
+    A cell says so where trials failed or have not run. The paper's numbers and the differences to them have columns
+    only for tasks of which it prints one.
     """
     config = result.config
     tasks = [(ways, shots) for ways in config.ways for shots in config.shots]
-    folds = f"fold{'s' * (len(config.folds) > 1)} {', '.join(map(str, config.folds))}"
-    measured = f"mIoU in % on unseen classes, {folds}, {config.seeds} x {config.episodes} episodes"
-    if len(config.folds) > 1 or config.seeds > 1:
-        measured += f", ± over {'folds' if len(config.folds) > 1 else 'seeds'}"
-    failures = tuple(f"{name} failed: {last_line(reason)}" for name, reason in result.failed.items())
-    tables = []
-    if "mask" in config.prompts:
-        paper = {v.name: v.paper for v in result.variants}
-        rows = {v.name: (v.title, "mask") for v in result.variants}
-        columns, cells = _cells(result, rows, tasks, paper)
-        notes = (measured, "paper: COCO-20i, fold 0, 5 x 1000 episodes", *failures)
-        tables.append(Table("table5", "Table 5: parts of the model", ("configuration", *columns), cells, notes))
-    if any(v.name == "complete" for v in result.variants):
-        rows = {prompt: (PROMPT_TITLES[prompt], prompt) for prompt in PROMPT_TITLES if prompt in config.prompts}
-        columns, cells = _cells(result, rows, tasks, PAPER_PROMPTS, variant="complete")
-        notes = (measured, "paper: COCO-20i, mean of four folds, 5 x 1000 episodes", *failures)
-        tables.append(Table("table6", "Table 6: prompts at evaluation", ("prompts", *columns), cells, notes))
-    return tables
+    columns, cells = [], [[row[0]] for row in rows]
+    for task in tasks:
+        printed = [paper_number(row[3], task, config.folds) for row in rows]
+        columns.append(_name(task))
+        for cell, (_, variant, prompt, _) in zip(cells, rows, strict=True):
+            cell.append(_measured(result, variant, task, prompt))
+        if any(number is not None for number in printed):
+            columns += [f"paper {_name(task)}", f"difference {_name(task)}"]
+            for cell, (_, variant, prompt, _), number in zip(cells, rows, printed, strict=True):
+                cell += _beside(mean_of(scores_of(result, variant, task, prompt)), number)
+    spread = "folds" if len(config.folds) > 1 else "seeds"
+    measured = _setting(result) + (f", ± over {spread}" if len(config.folds) > 1 or config.seeds > 1 else "")
+    notes = (measured, note, *_failures(result))
+    return Table(name, title, ("", *columns), tuple(map(tuple, cells)), notes)
 
 
-def _cells(
-    result: "SweepResult",
-    rows: Mapping[str, tuple[str, str]],
-    tasks: Sequence[Task],
-    paper: Mapping[str, Mapping[Task, float]],
-    variant: str | None = None,
-) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
-    """Column titles and rows; `rows` maps a key of `paper`, the variant where none is given, to (title, prompt).
-
-    The paper has a column only for tasks of which it prints a number.
-    """
-    printed = {task for key in rows for task in paper[key]}
-    columns = []
-    for ways, shots in tasks:
-        columns.append(f"{ways}-way {shots}-shot")
-        if (ways, shots) in printed:
-            columns.append(f"paper {ways}-way {shots}-shot")
+def fold_table(result: "SweepResult", name: str, task: Task) -> Table:
+    """Variant by fold for one task, each with its 95 % interval, and the mean of the folds beside the paper's."""
+    config = result.config
+    number = 1 if task[0] == 1 else 3
+    folds = [f"fold {fold}" for fold in config.folds]
     cells = []
-    for key, (title, prompt) in rows.items():
-        row = [title]
-        for task in tasks:
-            row.append(_measured(result, variant or key, task, prompt))
-            if task in printed:
-                row.append(f"{paper[key][task]:.1f}" if task in paper[key] else "-")
-        cells.append(tuple(row))
-    return columns, tuple(cells)
+    for variant in result.variants:
+        found = {fold: _score(result, variant.name, fold, task, "mask") for fold in config.folds}
+        cell = [variant.title]
+        cell += [_with_interval(found[f]) if found[f] else _why_not(result, variant.name, f) for f in config.folds]
+        scores = [score for score in found.values() if score]
+        mean = mean_of(scores)
+        cell.append("-" if mean is None else f"{mean:.1f} ± {half_width(scores):.1f}")
+        cells.append((*cell, *_beside(mean, paper_number(variant.paper, task, config.folds))))
+    notes = (
+        f"{_setting(result)}; [95 % of resampled episodes], of the mean as ±",
+        "paper: COCO-20i, its rows for methods alike",
+        *_failures(result),
+    )
+    columns = ("", *folds, "mean", "paper", "difference")
+    return Table(name, f"Table {number}: {_name(task)}", columns, tuple(cells), notes)
+
+
+def scores_of(result: "SweepResult", variant: str, task: Task, prompt: str = "mask") -> list[Score]:
+    """A variant's scores on one task, of the folds that are finished."""
+    found = [_score(result, variant, fold, task, prompt) for fold in result.config.folds]
+    return [score for score in found if score]
+
+
+def mean_of(scores: Sequence[Score]) -> float | None:
+    """mIoU in percent, mean over folds."""
+    return statistics.fmean(score.miou for score in scores) if scores else None
+
+
+def half_width(scores: Sequence[Score]) -> float:
+    """Half of the 95 % interval of the mean over folds, whose episodes are independent."""
+    return math.sqrt(sum(((s.interval[1] - s.interval[0]) / 2) ** 2 for s in scores)) / len(scores)
+
+
+def paper_number(paper: Paper, task: Task, folds: Sequence[int]) -> float | None:
+    """What the paper printed: the mean of these folds where it has each, else its mean of all."""
+    number = paper.get(task)
+    return statistics.fmean(number[fold] for fold in folds) if isinstance(number, tuple) else number
+
+
+def _score(result: "SweepResult", variant: str, fold: int, task: Task, prompt: str) -> Score | None:
+    finished = result.results.get(f"{variant}/fold{fold}")
+    return finished.score(*task, prompt) if finished else None
 
 
 def _measured(result: "SweepResult", variant: str, task: Task, prompt: str) -> str:
     folds = result.config.folds
-    names = [f"{variant}/fold{fold}" for fold in folds]
-    scores = [result.results[name].score(*task, prompt) for name in names if name in result.results]
-    scores = [score for score in scores if score]
-    failed = sum(name in result.failed for name in names)
+    scores = scores_of(result, variant, task, prompt)
     if not scores:
-        return "failed" if failed else "not run"
-    mean = statistics.fmean(score.miou for score in scores)
-    cell = f"{mean:.1f}"
+        reasons = {_why_not(result, variant, fold) for fold in folds}
+        return "failed" if "failed" in reasons else "not run"
+    cell = f"{mean_of(scores):.1f}"
     if len(folds) == 1 and result.config.seeds > 1:
         cell += f" ± {scores[0].std:.1f}"
     elif len(scores) > 1:
         cell += f" ± {statistics.stdev(score.miou for score in scores):.1f}"
     return cell if len(scores) == len(folds) else f"{cell} ({len(scores)} of {len(folds)} folds)"
+
+
+def _with_interval(score: Score) -> str:
+    return f"{score.miou:.1f} [{score.interval[0]:.1f}, {score.interval[1]:.1f}]"
+
+
+def _why_not(result: "SweepResult", variant: str, fold: int) -> str:
+    return "failed" if f"{variant}/fold{fold}" in result.failed else "not run"
+
+
+def _beside(mean: float | None, number: float | None) -> tuple[str, str]:
+    if number is None:
+        return "-", "-"
+    return f"{number:.1f}", "-" if mean is None else f"{mean - number:+.1f}"
+
+
+def _setting(result: "SweepResult") -> str:
+    config = result.config
+    folds = f"fold{'s' * (len(config.folds) > 1)} {', '.join(map(str, config.folds))}"
+    episodes = f"{config.seeds} x {config.episodes} episodes"
+    return f"mIoU in % on unseen classes, {folds}, protocol {config.protocol}, {episodes}"
+
+
+def _failures(result: "SweepResult") -> list[str]:
+    return [f"{name} failed: {last_line(reason)}" for name, reason in result.failed.items()]
+
+
+def _name(task: Task) -> str:
+    return f"{task[0]}-way {task[1]}-shot"

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from la.errors import InputError
 from pipelines.config import EvaluateConfig, Prompt, Settings, TrainConfig
 from pipelines.workspace import digest, write_text
-from sweeps.ablations import Variant
+from sweeps.study import Variant
 
 Report = Callable[[dict], None]
 REPORT_SECONDS = 1.0  # between reports of an evaluation

@@ -8,12 +8,14 @@ from rich.console import Console
 from la.errors import InputError
 from pipelines.tracking import Tracker, TrackingError
 from pipelines.workspace import Workspace
-from sweeps.ablations import PAPER_PROMPTS, ablations
+from sweeps.ablations import ABLATIONS, ablation_tables
 from sweeps.display import SweepDisplay
+from sweeps.folds import fold_tables
 from sweeps.plan import only_driver, plan_sweep
+from sweeps.prompts import PAPER
 from sweeps.records import SweepRuns, over_folds
 from sweeps.runner import SweepResult
-from sweeps.tables import ablation_tables
+from sweeps.studies import STUDIES
 from sweeps.trial import read_result, run_trial
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")
@@ -39,7 +41,7 @@ def own_database(monkeypatch):
 def test_a_variant_changes_what_it_names_and_nothing_else(tmp_path):
     jobs = {job.variant.name: job for job in plan_sweep(fake_config(tmp_path)).jobs}
     complete = jobs["complete"].train.model_dump()
-    for variant in ablations():
+    for variant in ABLATIONS.variants:
         if variant.trained:
             assert jobs[variant.name].train.model_dump() == complete | dict(variant.overrides)
     assert jobs["prototype"].train is None
@@ -132,15 +134,15 @@ def test_tables_stand_beside_the_papers_and_say_what_is_missing(tmp_path):
     five, six = ablation_tables(outcome(config, plan, results, failed))
     rows = {row[0]: row[1:] for row in five.rows}
     assert five.columns[1:3] == ("1-way 1-shot", "paper 1-way 1-shot")
-    assert rows["complete"] == ("25.5 ± 0.7", "39.2", "20.5 ± 0.7", "30.9")
-    assert rows["prototype (no training)"] == ("25.5 ± 0.7", "-", "20.5 ± 0.7", "-")
+    assert rows["complete"] == ("25.5 ± 0.7", "39.2", "-13.7", "20.5 ± 0.7", "30.9", "-10.4")
+    assert rows["prototype (no training)"] == ("25.5 ± 0.7", "-", "-", "20.5 ± 0.7", "-", "-")
     assert rows["w/o class-example mixer"][0] == "26.0 (1 of 2 folds)"
     assert rows["w/o token pool"][0] == "failed"
     assert rows["w/o spatial convolutions"][0] == "not run"
     assert [row[0] for row in six.rows] == ["masks", "boxes and points", "boxes", "points"]
-    assert six.rows[1][2] == str(PAPER_PROMPTS["point_box"][1, 1])
+    assert six.rows[1][2] == str(PAPER["point_box"][1, 1])
     assert "ValueError: [odd] thing" in five.text()
-    assert five.csv().splitlines()[1] == "complete,25.5 ± 0.7,39.2,20.5 ± 0.7,30.9"
+    assert five.csv().splitlines()[1] == "complete,25.5 ± 0.7,39.2,-13.7,20.5 ± 0.7,30.9,-10.4"
 
 
 def test_the_spread_of_a_single_fold_is_over_seeds_and_no_paper_column_is_invented(tmp_path):
@@ -153,6 +155,32 @@ def test_the_spread_of_a_single_fold_is_over_seeds_and_no_paper_column_is_invent
     ]
     assert six.rows[0][1] == "25.0 ± 0.5"
     assert "± over seeds" in six.notes[0]
+
+
+def test_a_table_by_fold_has_intervals_and_the_means_of_the_same_folds(tmp_path):
+    config = fake_config(tmp_path, study="folds", variants=("complete", "prototype"), folds=(0, 2), ways=(1, 2))
+    config = config.model_copy(update={"prompts": ("mask",), "shots": (1,)})
+    plan = plan_sweep(config)
+    results = {job.name: finish(job) for job in plan.jobs if job.name != "prototype/fold2"}
+    one, two = fold_tables(outcome(config, plan, results, {}))
+    assert one.columns == ("", "fold 0", "fold 2", "mean", "paper", "difference")
+    width = (1 + 1) ** 0.5 / 2
+    assert one.rows[0][1:] == ("25.0 [24.0, 26.0]", "27.0 [26.0, 28.0]", f"26.0 ± {width:.1f}", "39.7", "-13.7")
+    assert one.rows[1][2] == "not run"
+    assert two.rows[0][4] == f"{(30.6 + 32.2) / 2:.1f}"
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_plans_runs_and_tells(tmp_path, name):
+    study = STUDIES[name]
+    config = fake_config(tmp_path, study=name, variants=None, folds=study.folds[:1], ways=(1, 2), shots=study.shots)
+    plan = plan_sweep(config)
+    tables = study.tables(outcome(config, plan, {job.name: finish(job) for job in plan.jobs}, {}))
+    assert tables
+    for table in tables:
+        assert table.rows
+        assert all(len(row) == len(table.columns) for row in table.rows)
+        assert "not run" not in table.csv()
 
 
 def test_means_over_folds_keep_their_names():

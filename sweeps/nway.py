@@ -1,0 +1,23 @@
+"""Figure 3: how methods keep up with more and more classes at once, 1-shot."""
+
+from sweeps.folds import BASELINES
+from sweeps.study import COMPLETE, Study
+from sweeps.tables import by_task
+
+WAYS = (1, 2, 3, 4, 5, 10, 15, 20)
+
+
+def nway_tables(result):
+    """Method by number of ways."""
+    return [
+        by_task(result, "figure3", "Figure 3: N-way mIoU", "the paper shows its numbers as a plot only", paper=False)
+    ]
+
+
+NWAY = Study(
+    "nway",
+    "Figure 3: N = 1 to 20 classes at once, LA and the baselines.",
+    (COMPLETE, *BASELINES),
+    nway_tables,
+    ways=WAYS,
+)
