@@ -1,8 +1,9 @@
-"""The prototype baseline on a case worked by hand."""
+"""Methods without training: cases worked by hand, and what must not change any of them."""
 
+import pytest
 import torch
 
-from la.baselines import prompt_coverage, prototype
+from la.baselines import BASELINES, prompt_coverage, prototype
 from la.batch import pack
 from la.episodes import Episode, Pair
 
@@ -15,6 +16,7 @@ def half(first, second):
 
 
 IMAGES = {1: half(OBJECT, GROUND), 2: half(GROUND, OBJECT), 3: half(THIRD, GROUND)}
+RIGHT_HALF = torch.tensor([[0, 0, 1, 1]])  # slots of a row of image 2, the query
 LEFT = torch.zeros(16, 16)
 LEFT[:, :8] = 1
 
@@ -45,3 +47,87 @@ def test_two_classes_are_told_apart():
     pairs = (Pair(0, 0, (1,), (), ()), Pair(1, 1, (1,), (), ()))
     logits = prototype(batch_of(*pairs, classes=(5, 6), supports=(1, 3)))
     assert (logits.argmax(1)[0] == torch.tensor([[0, 0, 1, 1]])).all()
+
+
+every_method = pytest.mark.parametrize("method", BASELINES.values(), ids=BASELINES)
+
+
+@every_method
+@pytest.mark.parametrize(
+    "prompts",
+    [((1,), (), ()), ((), ((5.5, 5.5, 1),), ()), ((), (), ((0.0, 0.0, 20.0, 40.0),))],
+    ids=("mask", "point", "box"),
+)
+def test_any_prompt_finds_the_object(method, prompts):
+    assert (method(batch_of(Pair(0, 0, *prompts))).argmax(1)[0] == RIGHT_HALF).all()
+
+
+@every_method
+def test_either_of_two_shots_finds_the_object(method):
+    logits = method(batch_of(Pair(0, 0, (1,), (), ()), Pair(1, 0, (1,), (), ()), supports=(3, 1)))
+    assert (logits.argmax(1)[0] == RIGHT_HALF).all()
+
+
+@every_method
+@pytest.mark.parametrize("slot", [0, 1])
+def test_two_classes_on_two_supports_are_told_apart(method, slot):
+    pairs = (Pair(0, slot, (1,), (), ()), Pair(1, 1 - slot, (1,), (), ()))
+    logits = method(batch_of(*pairs, classes=(5, 6), supports=(1, 3)))
+    assert (logits.argmax(1)[0] == RIGHT_HALF * (1 + slot)).all()
+
+
+@every_method
+def test_a_class_whose_prompts_cover_no_cell_is_found_nowhere(method):
+    logits = method(batch_of(Pair(0, 0, (), (), ((0.0, 0.0, 1.0, 1.0),))))
+    assert logits.isfinite().all()
+    assert (logits.argmax(1) == 0).all()
+
+
+def noise(images):
+    return torch.stack([torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(i)) for i in images])
+
+
+def noisy_batch(*episodes):
+    return pack(episodes, noise, lambda *_: LEFT, lambda _: (40, 40))
+
+
+THREE = Episode(
+    0,
+    (5, 6, 7),
+    2,
+    (1, 3, 4, 5),
+    (
+        Pair(0, 0, (1,), (), ()),
+        Pair(1, 0, (), ((5.5, 35.5, 1),), ()),
+        Pair(1, 1, (), (), ((10.0, 0.0, 40.0, 20.0),)),
+        Pair(2, 2, (), ((35.5, 35.5, 1), (5.5, 5.5, 0)), ()),
+        Pair(3, 2, (1,), (), ()),
+    ),
+)
+ONE = Episode(1, (6,), 8, (9,), (Pair(0, 0, (1,), (), ()),))
+
+
+@every_method
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1)])
+def test_permuting_classes_permutes_logits(method, order):
+    pairs = tuple(p._replace(slot=order.index(p.slot)) for p in THREE.pairs)
+    permuted = THREE._replace(classes=tuple(THREE.classes[i] for i in order), pairs=pairs)
+    expected = method(noisy_batch(THREE))[:, [0, *(1 + i for i in order)]]
+    torch.testing.assert_close(method(noisy_batch(permuted)), expected)
+
+
+@every_method
+def test_batch_mates_change_nothing(method):
+    together = method(noisy_batch(ONE, THREE))
+    assert together.shape == (2, 4, 4, 4)
+    torch.testing.assert_close(together[:1, :2], method(noisy_batch(ONE)))
+    torch.testing.assert_close(together[1:], method(noisy_batch(THREE)))
+    assert (together[0, 2:] == -1e4).all(), "slots that an episode does not have"
+
+
+@every_method
+def test_autocast_changes_nothing(method):
+    batch = noisy_batch(THREE)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = method(batch)
+    assert torch.equal(found, method(batch))
