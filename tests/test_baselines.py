@@ -1,9 +1,11 @@
 """Methods without training: cases worked by hand, and what must not change any of them."""
 
+import math
+
 import pytest
 import torch
 
-from la.baselines import BASELINES, prompt_coverage, prototype
+from la.baselines import BASELINES, affinity, k_means, parts, prompt_coverage, prototype, ridge
 from la.batch import pack
 from la.episodes import Episode, Pair
 
@@ -16,6 +18,7 @@ def half(first, second):
 
 
 IMAGES = {1: half(OBJECT, GROUND), 2: half(GROUND, OBJECT), 3: half(THIRD, GROUND)}
+IMAGES[4] = torch.cat((IMAGES[1][:2], IMAGES[3][:2]))  # on its left the object stands above the third feature
 RIGHT_HALF = torch.tensor([[0, 0, 1, 1]])  # slots of a row of image 2, the query
 LEFT = torch.zeros(16, 16)
 LEFT[:, :8] = 1
@@ -81,6 +84,53 @@ def test_a_class_whose_prompts_cover_no_cell_is_found_nowhere(method):
     logits = method(batch_of(Pair(0, 0, (), (), ((0.0, 0.0, 1.0, 1.0),))))
     assert logits.isfinite().all()
     assert (logits.argmax(1) == 0).all()
+
+
+def test_parts_keep_two_looks_of_a_class_apart():
+    batch = batch_of(Pair(0, 0, (1,), (), ()), supports=(4,))
+    logits = parts(batch, sharpness=3.0)[0, :, 0]
+    alike = math.log((math.exp(3) + 1) / 2) / 3  # cosine 1 to one of two parts, 0 to the other
+    torch.testing.assert_close(logits[1], torch.tensor([0, 0, alike, alike]))
+    torch.testing.assert_close(logits[0], torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    assert alike > prototype(batch)[0, 1, 0, 3], "their mean is like neither: cosine 0.71"
+
+
+def test_k_means_goes_to_the_weight_and_needs_no_more_tokens_than_parts():
+    near = torch.nn.functional.normalize(torch.tensor([1.0, 0.2, 0.0]), dim=0)
+    tokens, weight = torch.stack((OBJECT, near, GROUND, THIRD)), torch.tensor([3.0, 1.0, 1.0, 0.0])
+    centres = k_means(tokens, weight, 2)
+    torch.testing.assert_close(centres[0], torch.nn.functional.normalize(3 * OBJECT + near, dim=0))
+    torch.testing.assert_close(centres[1], GROUND)
+    torch.testing.assert_close(k_means(tokens, weight, 5).sum(0), OBJECT + near + GROUND)
+    assert len(k_means(OBJECT.expand(4, 3), torch.ones(4), 3)) == 1, "equal tokens make one part"
+    assert len(k_means(tokens, torch.zeros(4), 2)) == 0
+
+
+def test_affinity_reads_the_coverage_of_what_looks_alike():
+    probability = affinity(batch_of(Pair(0, 0, (1,), (), ())), temperature=0.5)[0, :, 0]
+    alike = math.exp(2) / (math.exp(2) + 1)  # of the attention; the mask covers half, so the prior odds are 1
+    torch.testing.assert_close(probability[1], torch.tensor([1 - alike, 1 - alike, alike, alike]))
+    torch.testing.assert_close(probability.sum(0), torch.ones(4))
+
+
+def test_affinity_does_not_lose_small_objects():
+    probability = affinity(batch_of(Pair(0, 0, (), ((5.5, 5.5, 1),), ())), temperature=0.5)[0, 1, 0]
+    read = math.exp(2) / (math.exp(2) + 1) / 8  # one of the eight cells that look alike is covered, one of 16 in all
+    odds = read / (1 - read) * 15
+    torch.testing.assert_close(probability[3], torch.tensor(odds / (1 + odds)))
+
+
+def test_ridge_is_the_closed_form():
+    logits = ridge(batch_of(Pair(0, 0, (1,), (), ())), penalty=0.5, background_bias=0.0)[0, :, 0]
+    # two features with the constant, half the weight each: K = [[2, 1], [1, 2]], K (K + I)^-1 = [[5, 1], [1, 5]] / 8
+    torch.testing.assert_close(logits[1], torch.tensor([0.125, 0.125, 0.625, 0.625]))
+    torch.testing.assert_close(logits[0], torch.tensor([0.625, 0.625, 0.125, 0.125]))
+
+
+def test_ridge_counts_slots_the_same_however_large():
+    logits = ridge(batch_of(Pair(0, 0, (), (), ((0.0, 0.0, 20.0, 10.0),))), penalty=1e-4, background_bias=0.0)
+    # the class's two cells show the object, and six of the background's 14: it weighs 1/2 to 1/2 * 6/14
+    torch.testing.assert_close(logits[0, 1, 0, 3], torch.tensor(7 / 10), atol=2e-3, rtol=0)
 
 
 def noise(images):
