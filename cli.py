@@ -294,7 +294,7 @@ def train(
 @app.command()
 def evaluate(
     fold: FoldOption = 0,
-    method: Annotated[str, typer.Option(help="la or prototype (masked average pooling and cosine).")] = "la",
+    method: Annotated[str, typer.Option(help="la, or without training: prototype, parts, affinity or ridge.")] = "la",
     checkpoint: Annotated[
         Path | None, typer.Option(help="A run's folder or checkpoint; default: the fold's last finished training.")
     ] = None,
