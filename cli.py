@@ -509,8 +509,8 @@ def add_study(study: Study) -> None:
             finish_sweep(run_sweep(config, console))
 
     told = (
-        "Each variant is trained on each fold and evaluated on unseen classes. Killed and started again, the sweep goes "
-        "on where it was; a variant that fails does not lose the others."
+        "Each variant is trained on each fold and evaluated on unseen classes. Killed and started again, the sweep "
+        "goes on where it was; a variant that fails does not lose the others."
     )
     sweep_app.command(study.name, help=f"{study.about}\n\n{told}")(command)
 

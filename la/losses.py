@@ -1,17 +1,14 @@
 """Focal loss with class weights (paper section 5.2)."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from la.coco import IGNORED
 
-ClassWeights = Literal["inverse", "log", "log_batch", "none"]
 LEAST_SHARE = 0.005  # of the query's pixels: below it a class's weight no longer grows
 
 
-def focal_loss(logits: Tensor, truth: Tensor, gamma: float = 2.0, class_weights: ClassWeights = "inverse") -> Tensor:
+def focal_loss(logits: Tensor, truth: Tensor, gamma: float = 2.0, class_weights: str = "inverse") -> Tensor:
     """Mean over episodes of the focal loss (1 - p_y)^gamma (-log p_y), pixels weighed by their class.
 
     logits (B, C, H, W), truth (B, H, W) long with IGNORED pixels left out. Weights depend on a class's share of its own
