@@ -319,6 +319,7 @@ def evaluate(
     picture: Annotated[
         Path | None, typer.Option(help="Draw the first episode of each seed: supports, query, truth, prediction.")
     ] = None,
+    gallery: Annotated[Path | None, typer.Option(help="Draw the best, median and worst episodes, as JPEG.")] = None,
     workspace: WorkspaceOption = WORKSPACE,
     store: StoreOption = None,
     device: DeviceOption = "auto",
@@ -348,6 +349,7 @@ def evaluate(
             pool_draws=pool_draws,
             background=background,
             flips=flips,
+            gallery=gallery,
             device=device,
             threads=threads,
         )
@@ -529,6 +531,22 @@ def finish_sweep(result) -> None:
     console.print(f"compare the runs: python cli.py ui --workspace {result.config.workspace}", soft_wrap=True)
     if result.failed or result.interrupted:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    out: Annotated[Path | None, typer.Option(help="The file to write; default: report.html in the workspace.")] = None,
+    workspace: WorkspaceOption = WORKSPACE,
+) -> None:
+    """One HTML file with the paper's tables beside what this workspace measured, plots, curves and a gallery.
+
+    Nothing is run again. An empty cell says which command fills it.
+    """
+    with mistakes():
+        from sweeps.report import write_report
+
+        path = write_report(workspace.absolute(), out or workspace.absolute() / "report.html")
+        console.print(f"report: {path}", highlight=False, soft_wrap=True)
 
 
 @app.command()

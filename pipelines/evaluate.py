@@ -5,9 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
+from la.decoder import segment
 from la.device import autocast, pick_device
 from la.metrics import FewShotIoU
 from la.protocols import protocol_of
@@ -35,6 +34,7 @@ class EvaluateResult:
     episodes_digest: str
     classes_drawn: int
     classes_skipped: dict[str, str]  # class name -> why it was not drawn
+    extremes: dict[str, list[tuple[int, int, float]]]  # best, median, worst -> (seed, index, IoU) of episodes
     method: str
     protocol: str
     store: str
@@ -68,7 +68,7 @@ def evaluate(config: EvaluateConfig, on_progress: Callable[[int, int], None] | N
         digests.append(shards.digest)
         total += scores
     names = store.dataset(config.split).categories
-    return EvaluateResult(
+    result = EvaluateResult(
         miou=statistics.fmean(per_seed),
         std=statistics.stdev(per_seed) if len(per_seed) > 1 else 0.0,
         per_seed=per_seed,
@@ -78,11 +78,25 @@ def evaluate(config: EvaluateConfig, on_progress: Callable[[int, int], None] | N
         episodes_per_class={names[c]: n for c, n in total.episodes_per_class().items()},
         episodes_digest=digest(digests),
         classes_drawn=len(total.per_class()),
+        extremes=extremes_of(total, config.episodes),
         classes_skipped={names[int(c)]: why for c, why in shards.manifest["classes_skipped"].items()},
         method=name,
         protocol=protocol.name,
         store=store.key,
     )
+    if config.gallery:
+        from pipelines.figures import draw_extremes  # brings matplotlib, which workers seldom need
+
+        draw_extremes(config.gallery, config, result.extremes)
+    return result
+
+
+def extremes_of(scores: FewShotIoU, per_seed: int, count: int = 3) -> dict[str, list[tuple[int, int, float]]]:
+    """The `count` best, median and worst episodes as (seed, index, mean IoU of their classes in percent)."""
+    ranked = sorted(enumerate(e.miou() for e in scores.episodes), key=lambda item: (-item[1], item[0]))
+    middle = max(0, len(ranked) // 2 - count // 2)
+    chosen = {"best": ranked[:count], "median": ranked[middle : middle + count], "worst": ranked[-count:]}
+    return {name: [(*divmod(at, per_seed), iou) for at, iou in found] for name, found in chosen.items()}
 
 
 @torch.inference_mode()
@@ -114,9 +128,3 @@ def score(
         if on_progress:
             on_progress(start + len(drawn))
     return scores
-
-
-def segment(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits (C, h, w) of one query -> slots (H, W), upsampled bilinearly to `size`."""
-    # max, not argmax: argmax over the first of three dimensions takes 15 times as long on a CPU
-    return F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0].max(0).indices

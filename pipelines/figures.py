@@ -1,6 +1,6 @@
 """Pictures of episodes: supports with prompts, the query, its truth and the prediction (as in figure 4)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,12 +12,12 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image as Pillow
 
 from la.coco import IGNORED, decode
+from la.decoder import segment
 from la.device import pick_device
 from la.episodes import Episode
 from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig
-from pipelines.episodes import ensure_episodes, evaluation_plan
-from pipelines.evaluate import segment
+from pipelines.episodes import draw, ensure_episodes, evaluation_plan
 from pipelines.methods import Method, find_method
 from pipelines.store import FeatureStore
 from pipelines.workspace import Workspace, write_whole
@@ -27,9 +27,15 @@ SHADE = 0.55  # opacity of a mask over a photo
 
 
 def draw_episodes(
-    path: Path, method: Method, title: str, builder: BatchBuilder, episodes: Sequence[Episode], device: torch.device
+    path: Path,
+    method: Method,
+    title: str,
+    builder: BatchBuilder,
+    episodes: Sequence[Episode],
+    device: torch.device,
+    labels: Sequence[str] = (),
 ) -> Path:
-    """Write a PNG with one row an episode; photos that are no longer there are drawn as grey."""
+    """Write a picture with one row an episode, `labels` above them; photos that are no longer there are grey."""
     most = max(len(e.supports) for e in episodes)
     figure = Figure(figsize=(2.4 * (most + 3), 2.7 * len(episodes)), layout="constrained")
     figure.suptitle(title)
@@ -38,9 +44,14 @@ def draw_episodes(
         for cell in row:
             cell.axis("off")
         _draw_row(row, most, method, builder, episode, device)
-    for cell, heading in zip(axes[0], ["supports"] + [""] * (most - 1) + ["query", "truth", "prediction"], strict=True):
+    for cell, heading in zip(
+        axes[0], ["supports"] + [""] * (most - 1) + ["query", "truth", "" if labels else "prediction"], strict=True
+    ):
         cell.set_title(heading)
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    for row, label in zip(axes, labels, strict=False):
+        row[-1].set_title(label, loc="right", fontsize=8)
+    kind = "jpeg" if path.suffix in (".jpg", ".jpeg") else "png"
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format=kind))
     return path
 
 
@@ -53,6 +64,18 @@ def draw_first_episodes(path: Path, chosen: Sequence[tuple[EvaluateConfig, int]]
     episodes = [next(iter(ensure_episodes(evaluation_plan(one, seed), store))) for one, seed in chosen]
     title = f"{name}: {config.classes} classes of fold {config.fold}, the first episode of each seed"
     return draw_episodes(path, method, title, BatchBuilder(store, config.split, mask_px), episodes, device)
+
+
+def draw_extremes(path: Path, config: EvaluateConfig, extremes: Mapping[str, Sequence[tuple[int, int, float]]]) -> Path:
+    """Draw the episodes (seed, index, IoU) under their names, best first."""
+    store = FeatureStore(Workspace(config.workspace).find_store(config.store))
+    device = pick_device(config.device)
+    method, name, mask_px = find_method(config, store, device)
+    chosen = [(kind, *one) for kind, found in extremes.items() for one in found]
+    episodes = [draw(evaluation_plan(config, seed), store, 0, at, at + 1)[0] for _, seed, at, _ in chosen]
+    labels = [f"prediction: {kind}, IoU {iou:.0f} %" for kind, _, _, iou in chosen]
+    title = f"{name}: {config.classes} classes of fold {config.fold}, best, median and worst episodes"
+    return draw_episodes(path, method, title, BatchBuilder(store, config.split, mask_px), episodes, device, labels)
 
 
 @torch.inference_mode()

@@ -82,6 +82,9 @@ def _job(config: SweepConfig, variant: Variant, fold: int, folder: Path) -> Job:
         for shots in config.shots
         for prompt in config.prompts
     )
+    if variant.trained:
+        gallery = folder / f"{variant.name}-fold{fold}.jpg"
+        evaluations = (evaluations[0].model_copy(update={"gallery": gallery}), *evaluations[1:])
     train = _train_config(config, variant, fold, place)
     return Job(variant, train if variant.trained else None, evaluations, folder / f"{variant.name}-fold{fold}.json")
 

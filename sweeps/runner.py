@@ -26,7 +26,7 @@ from la.errors import InputError
 from pipelines.cluster import ray_session
 from pipelines.config import SweepConfig
 from pipelines.tracking import Tracker
-from pipelines.workspace import Workspace
+from pipelines.workspace import Workspace, write_text
 from sweeps.display import SweepDisplay
 from sweeps.plan import only_driver, plan_sweep
 from sweeps.records import SweepRuns
@@ -76,6 +76,7 @@ def run_sweep(config: SweepConfig, console: Console | None = None, trainable: Tr
     """
     plan = plan_sweep(config)
     with only_driver(plan.folder):
+        write_text(plan.folder / "sweep.json", config.model_dump_json(indent=1))
         results = {job.name: result for job in plan.jobs if (result := _finished(job))}
         todo = [job for job in plan.jobs if job.name not in results]
         failed: dict[str, str] = {}

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a test's own cluster needs no token
@@ -12,6 +14,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from playwright.sync_api import sync_playwright
 from pycocotools import mask as rle_tools
 
 import la.vit_demo  # noqa: F401  registers the ViT of `tiny_weights`
@@ -20,6 +23,23 @@ SHARED = Path(__file__).parents[1].parent / "shared"
 TINY = {"backbone": "vit_demo_patch8_128", "image_size": 64}  # 8x8 tokens of 128 channels
 GREY, EMPTY, CROWDED = 3, 4, 5  # numbers of the photos of each split that are so
 PERSON, DOG = 1, 18
+
+
+@contextmanager
+def browser_page(width: int):
+    """(a page of a headless Chromium of that width, what its console and scripts complain of)."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on the PATH (Debian: apt-get install chromium)")
+    complaints: list[str] = []
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        yield page, complaints
+        browser.close()
 
 
 @pytest.fixture

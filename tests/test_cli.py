@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import cli
+from tests.conftest import browser_page
 
 ROOT = Path(__file__).parents[1]
 runner = CliRunner()
@@ -77,12 +78,45 @@ def test_verbs_go_on_from_the_demo(demo):
     assert "episodes" in measured.output
 
 
+def test_the_report_holds_every_table_and_says_how_to_fill_empty_ones(demo):
+    root, _ = demo
+    result = run("report", "--workspace", root)
+    assert result.exit_code == 0, result.output
+    text = (root / "report.html").read_text()
+    for title in ("Table 1", "Table 2", "Table 3", "Table 4", "Table 5", "Table 6", "Figure 3"):
+        assert title in text
+    assert f"python cli.py sweep folds --workspace {root}" in text
+    five = text[text.index("<caption>Table 5") : text.index("<caption>Table 6")]
+    assert "39.2" in five
+    assert "not run" not in five
+    assert "data:image/jpeg;base64," in text
+    assert text.count("<svg") >= 2
+    assert not re.search(r'(src|href|xlink:href)="(?!#|data:)', text), "nothing is fetched"
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_report_opens_in_a_browser(demo, width):
+    root, _ = demo
+    with browser_page(width) as (page, complaints):
+        assert run("report", "--workspace", root).exit_code == 0
+        page.goto((root / "report.html").as_uri())
+        captions = page.locator("caption").all_inner_texts()
+        for title in ("Table 1", "Table 3", "Table 4", "Table 5", "Table 6", "Figure 3"):
+            assert any(caption.startswith(title) for caption in captions), title
+        assert page.locator("figure svg").count() >= 2
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, "wide tables scroll by themselves"
+        picture = page.locator("figure img").first
+        assert picture.evaluate("image => image.naturalWidth") > 300
+        assert complaints == []
+
+
 MISTAKES = {
     "no COCO folder": (["featurize", "--coco-dir", "{tmp}/nowhere"], "is not a folder"),
     "no split": (["featurize", "--coco-dir", "{tmp}"], "has no train split"),
     "empty workspace": (["train"], "holds no features"),
     "empty workspace, sweep": (["sweep", "ablations"], "holds no features"),
     "nothing tracked": (["ui"], "mlflow.db"),
+    "nothing to report": (["report"], "holds no features"),
     "unknown preset": (["model", "--preset", "huge"], "Choose one of"),
 }
 

@@ -1,0 +1,158 @@
+"""One HTML file of everything a workspace holds: the paper's tables beside ours, plots, curves, a gallery."""
+
+import base64
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup
+
+from la.errors import InputError
+from pipelines.config import SweepConfig
+from pipelines.store import FeatureStore
+from pipelines.tracking import read_curve
+from pipelines.workspace import Workspace, write_text
+from sweeps import plots
+from sweeps.plan import plan_sweep
+from sweeps.runner import SweepResult
+from sweeps.studies import STUDIES
+from sweeps.study import Study
+from sweeps.tables import Table, scores_of
+from sweeps.trial import FoldResult, read_result
+
+GAPS = ("not run", "failed")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One study in the report: what was measured, or the empty tables and the command that fills them."""
+
+    study: Study
+    result: SweepResult
+    command: str
+    tables: list[Table]
+    plots: list[Markup]
+    gallery: list[tuple[str, str]]  # caption, data URI of a JPEG
+    settings: dict[str, str]
+
+    @property
+    def missing(self) -> bool:
+        return any(cell.startswith(GAPS) for table in self.tables for row in table.rows for cell in row)
+
+
+def write_report(root: Path, out: Path) -> Path:
+    """Write the report of a workspace to `out`; nothing is run again and nothing fetched.
+
+    Raises InputError for a workspace without features and for sweep files that cannot be read.
+    """
+    workspace = Workspace(root)
+    stores = sorted(path.parent for path in workspace.features.glob("*/store.json"))
+    if not stores:
+        workspace.find_store()  # says what to do
+    found = dict(_sweeps(workspace))
+    sections = [_section(workspace, study, found.get(name)) for name, study in STUDIES.items()]
+    environment = Environment(loader=PackageLoader("sweeps", "."), autoescape=select_autoescape(["html"]))
+    text = environment.get_template("report.html").render(
+        sections=sections,
+        stores=[FeatureStore(path) for path in stores],
+        profile=_profile(workspace),
+        workspace=workspace.root,
+        gaps=GAPS,
+    )
+    write_text(out, text)
+    return out
+
+
+def _sweeps(workspace: Workspace) -> Iterator[tuple[str, SweepResult]]:
+    """(study, its sweep); of several, the one with most finished trials, then the newest, comes last."""
+    read = []
+    for file in (workspace.runs / "sweeps").glob("*/sweep.json"):
+        try:
+            config = SweepConfig.model_validate_json(file.read_text())
+        except ValueError as error:
+            raise InputError(f"{file} is not the settings of a sweep ({error}). Delete its folder.") from error
+        config = config.model_copy(update={"workspace": workspace.root})
+        plan = plan_sweep(config)
+        results = {job.name: one for job in plan.jobs if (one := read_result(job.file)) and one.finished}
+        result = SweepResult(config, file.parent.name, file.parent, plan.variants, results, {}, False)
+        read.append((len(results), file.stat().st_mtime, result))
+    for _, _, result in sorted(read, key=lambda item: item[:2]):
+        yield result.config.study, result
+
+
+def _section(workspace: Workspace, study: Study, result: SweepResult | None) -> Section:
+    command = f"python cli.py sweep {study.name} --workspace {workspace.root}"
+    if result is None:
+        config = SweepConfig(
+            workspace=workspace.root, study=study.name, folds=study.folds, ways=study.ways, shots=study.shots
+        )
+        config = config.model_copy(update={"prompts": study.prompts})
+        empty = SweepResult(config, "", Path(), study.variants, {}, {}, False)
+        return Section(study, empty, command, study.tables(empty), [], [], {})
+    return Section(
+        study, result, command, study.tables(result), _plots(study, result), _gallery(result), _settings(result)
+    )
+
+
+def _plots(study: Study, result: SweepResult) -> list[Markup]:
+    drawn = []
+    if len(result.config.ways) > 2:
+        lines = {
+            v.title: [(n, s[0].miou) for n in result.config.ways if (s := scores_of(result, v.name, (n, 1)))]
+            for v in result.variants
+        }
+        drawn.append(plots.lines(lines, "ways", "mIoU in %"))
+    curves = {name: read_curve(one.run_dir) for name, one in result.results.items() if one.run_dir}
+    if any(curves.values()):
+        drawn.append(plots.curves(curves))
+    per_class = {
+        name.split("/")[0]: _first(one)
+        for name, one in result.results.items()
+        if one.fold == result.config.folds[0] and one.scores
+    }
+    if per_class:
+        drawn.append(plots.bars(per_class, f"IoU in %, fold {result.config.folds[0]}, {_task(result)}"))
+    return drawn
+
+
+def _first(result: FoldResult) -> dict[str, float]:
+    return result.scores[0].per_class
+
+
+def _task(result: SweepResult) -> str:
+    return f"{result.config.ways[0]}-way {result.config.shots[0]}-shot"
+
+
+def _gallery(result: SweepResult) -> list[tuple[str, str]]:
+    pictures = []
+    for variant in result.variants:
+        file = result.folder / f"{variant.name}-fold{result.config.folds[0]}.jpg"
+        if file.exists():
+            encoded = base64.b64encode(file.read_bytes()).decode()
+            pictures.append((f"{variant.title}, fold {result.config.folds[0]}", f"data:image/jpeg;base64,{encoded}"))
+    return pictures[:1]  # of the first variant: the file stays small enough to send
+
+
+def _settings(result: SweepResult) -> dict[str, str]:
+    config = result.config
+    digests = sorted({one.episodes_digest for one in result.results.values()})
+    return {
+        "sweep": result.name,
+        "trials": f"{len(result.results)} of {len(result.variants) * len(config.folds)} finished",
+        "store": config.store or "the only one",
+        "protocol": config.protocol,
+        "evaluation": f"{config.seeds} seeds x {config.episodes} episodes",
+        "training": json.dumps(config.train),
+        "episodes digest": ", ".join(digests),
+    }
+
+
+def _profile(workspace: Workspace) -> dict | None:
+    """The table of `profile` and its plots, where it was measured."""
+    file = workspace.artifacts / "profile.json"
+    if not file.exists():
+        return None
+    content = json.loads(file.read_text())
+    return {"rows": content["rows"], "plots": plots.profile(content["rows"])}
