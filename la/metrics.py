@@ -26,16 +26,17 @@ class EpisodeScore(NamedTuple):
 def score_episode(prediction: Tensor, truth: Tensor, classes: Sequence[int]) -> EpisodeScore:
     """Prediction and truth (H, W) of slots 0..N, truth may hold IGNORED; `classes` are the N category ids.
 
-    All slots are counted in one table, so a confusion of two classes is a miss of one and a false alarm of the other.
+    A confusion of two classes is a miss of one and a false alarm of the other.
     """
-    size = len(classes) + 1
-    counted = truth != IGNORED
-    pairs = truth[counted].long() * size + prediction[counted].long()
-    table = torch.bincount(pairs.flatten(), minlength=size * size).view(size, size)
-    hits, shown, said = table.diagonal().tolist(), table.sum(1).tolist(), table.sum(0).tolist()
-    counts = tuple((hits[k], shown[k] + said[k] - hits[k]) for k in range(size))
-    found, everything = int(table[1:, 1:].sum()), int(table.sum())
-    return EpisodeScore(tuple(classes), counts[1:], (found, everything - hits[0]), counts[0])
+    # comparisons of bytes: a table of pairs by bincount takes ten times as long
+    said = prediction.to(torch.uint8).masked_fill(truth == IGNORED, IGNORED)
+
+    def counts(shown_here: Tensor, said_here: Tensor) -> tuple[int, int]:
+        return int((shown_here & said_here).sum()), int((shown_here | said_here).sum())
+
+    slots = [counts(truth == slot, said == slot) for slot in range(len(classes) + 1)]
+    foreground = counts((truth > 0) & (truth != IGNORED), (said > 0) & (said != IGNORED))
+    return EpisodeScore(tuple(classes), tuple(slots[1:]), foreground, slots[0])
 
 
 class FewShotIoU:

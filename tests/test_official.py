@@ -4,7 +4,9 @@ import pytest
 import safetensors.torch
 import torch
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
+import cli
 from la.batch import EpisodeBatch, Pairs, ranks
 from la.errors import InputError
 from la.model import LabelAnything, preset
@@ -146,6 +148,17 @@ def test_a_file_becomes_a_checkpoint_and_a_file_again(released, tmp_path):
     states = [torch.load(path, weights_only=True)["state"] for path in (ours, again)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_the_shell_imports_and_exports(released, tmp_path):
+    ours, theirs = tmp_path / "best.pt", tmp_path / "out.safetensors"
+    imported = CliRunner().invoke(cli.app, ["import-official", str(released), "--fold", "1", "--out", str(ours)])
+    assert imported.exit_code == 0, imported.output
+    assert "token_pool: yes" in imported.output
+    exported = CliRunner().invoke(cli.app, ["export-official", str(ours), str(theirs)])
+    assert exported.exit_code == 0, exported.output
+    refused = CliRunner().invoke(cli.app, ["import-official", str(tmp_path / "no.pt"), "--fold", "1"])
+    assert refused.exit_code == 2
 
 
 def test_a_hub_is_asked_for_the_weights_of_a_repository(released, tmp_path, monkeypatch):
