@@ -378,6 +378,54 @@ def evaluate(
 
 
 @app.command()
+def profile(
+    shots: Annotated[str, typer.Option(help="Support images of each class, such as 1,2,5,10.")] = "1,2,5,10",
+    methods: Annotated[
+        str, typer.Option(help="Some of la, affinity (dense, as in DCAMA), prototype, parts and ridge.")
+    ] = "la,affinity",
+    preset: Annotated[str, typer.Option(help="LA of random weights: paper, official or debug.")] = "official",
+    checkpoint: Annotated[Path | None, typer.Option(help="A run's folder or checkpoint, in place of --preset.")] = None,
+    fold: FoldOption = 0,
+    backbone: Annotated[bool, typer.Option(help="Measure from photos as well, through the store's ViT.")] = True,
+    weights: WeightsOption = None,
+    at_once: Annotated[
+        int, typer.Option("--supports-at-once", min=1, help="Of LA and the ViT; more take more memory.")
+    ] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each cell; the median counts.")] = 5,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Seconds and peak memory of 5-way inference as shots grow: table 2 of the paper, each cell in a fresh process."""
+    with mistakes():
+        from pipelines.profile import run_profile
+
+        with progress_bar() as bar:
+            task = bar.add_task("profile", total=None)
+            result = run_profile(
+                workspace.absolute(),
+                numbers(shots, "--shots"),
+                methods.split(","),
+                backbone,
+                lambda done, total, _: bar.update(task, completed=done, total=total),
+                preset=preset,
+                checkpoint=checkpoint and checkpoint.absolute(),
+                weights=weights and weights.absolute(),
+                fold=fold,
+                repeats=repeats,
+                supports_at_once=at_once,
+                store=store,
+                device=device,
+                threads=threads,
+            )
+        console.print(result.table())
+        for line in (*result.notes(), *result.summary()):
+            console.print(line, highlight=False, markup=False)
+        console.print(f"figures: {result.file}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def ui(
     port: Annotated[int, typer.Option(help="Port on localhost.")] = 5000,
     host: Annotated[str, typer.Option(help="Address to listen at; only this machine by default.")] = "127.0.0.1",

@@ -22,7 +22,7 @@ from la.model import LabelAnything, preset
 from pipelines.batches import BatchBuilder
 from pipelines.bench import BenchResult, in_turn
 from pipelines.config import EvaluateConfig, TrainConfig
-from pipelines.episodes import Plan, draw, evaluation_plan, training_plan
+from pipelines.episodes import Plan, draw, evaluation_plan, repeated, training_plan
 from pipelines.store import FeatureStore
 
 TRAINING, TESTING = (2, 4, 2), (1, 5, 5)  # (B, N, K)
@@ -170,13 +170,6 @@ def _shots(setting: _Setting, repeats: int) -> list[BenchResult]:
             {"seconds": statistics.median(seconds[1])},
         ),
     ]
-
-
-def repeated(episode: Episode, times: int) -> Episode:
-    """The episode with its supports `times` over: as many shots without as many photos of a class."""
-    length = len(episode.supports)
-    pairs = [p._replace(support=p.support + n * length) for n in range(times) for p in episode.pairs]
-    return episode._replace(supports=episode.supports * times, pairs=tuple(pairs))
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

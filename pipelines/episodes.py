@@ -116,6 +116,13 @@ def draw(plan: Plan, store: FeatureStore, group: int, start: int, stop: int) -> 
     return [evaluation_episode(pool, plan.name, i, *how) for i in range(start, stop)]
 
 
+def repeated(episode: Episode, times: int) -> Episode:
+    """The episode with its supports `times` over: as many shots without as many photos of a class."""
+    length = len(episode.supports)
+    pairs = [p._replace(support=p.support + n * length) for n in range(times) for p in episode.pairs]
+    return episode._replace(supports=episode.supports * times, pairs=tuple(pairs))
+
+
 class EpisodeShards:
     """Written episodes, read one batch at a time."""
 

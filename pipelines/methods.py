@@ -33,7 +33,7 @@ def find_method(config: EvaluateConfig, store: FeatureStore, device: torch.devic
         if config.pool_draws or config.background != "learned":
             raise InputError(f"--pool-draws and --background are of trained models; --method {config.method} is none.")
     elif config.method == "la":
-        model, name = _load(config, store, device)
+        model, name = load_checkpoint(config, store, device)
         method, mask_px = _variant(model, config), model.config.mask_px
     else:
         raise InputError(f"--method {config.method} is unknown. Choose la or one of {', '.join(BASELINES)}.")
@@ -49,7 +49,7 @@ def _variant(model: LabelAnything, config: EvaluateConfig) -> Method:
     return method
 
 
-def _load(config: EvaluateConfig, store: FeatureStore, device: torch.device) -> tuple[LabelAnything, str]:
+def load_checkpoint(config: EvaluateConfig, store: FeatureStore, device: torch.device) -> tuple[LabelAnything, str]:
     path = config.checkpoint or latest_run(Workspace(config.workspace), config.fold)
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():
