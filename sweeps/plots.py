@@ -71,11 +71,11 @@ def bars(methods: Mapping[str, Mapping[str, float]], label: str) -> Markup:
 def profile(rows: Sequence[Mapping]) -> list[Markup]:
     """Memory and seconds by number of shots, a line for each method with and without the backbone."""
     drawn = []
-    for key, label in (("memory_mb", "peak memory in MB"), ("seconds", "seconds")):
+    for key, label in (("beyond_mb", "peak MB beyond the episode"), ("seconds", "seconds")):
         series: dict[str, list] = {}
         for row in rows:
             if row.get(key) is not None:
-                name = row["method"] + (" with backbone" if row["backbone"] else "")
+                name = row["method"] + (" from photos" if row["backbone"] else "")
                 series.setdefault(name, []).append((row["shots"], row[key]))
         drawn.append(lines(series, "shots", label))
     return drawn

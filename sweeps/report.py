@@ -155,4 +155,14 @@ def _profile(workspace: Workspace) -> dict | None:
     if not file.exists():
         return None
     content = json.loads(file.read_text())
-    return {"rows": content["rows"], "plots": plots.profile(content["rows"])}
+    shown = {"method": "method", "shots": "shots", "seconds": "seconds"}
+    shown |= {"with_episode_mb": "peak MB", "beyond_mb": "MB beyond the episode's features or photos"}
+    rows = [
+        {"from": "photos" if row["backbone"] else "features"} | {title: row[key] for key, title in shown.items()}
+        for row in content["rows"]
+    ]
+    told = [*content["summary"], *dict.fromkeys(row["note"] for row in content["rows"] if row["note"])]
+    paper = {(method, int(k)): pair for method, of in content["paper"].items() for k, pair in of.items()}
+    for row in rows:
+        row["paper GB"], row["paper s"] = paper.get((row["method"], row["shots"]), (None, None))
+    return {"rows": rows, "told": told, "plots": plots.profile(content["rows"])}
