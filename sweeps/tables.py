@@ -31,12 +31,16 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def heads(self) -> list[str]:
+        """Short titles of the columns: the paper's number and the difference stand beside their measurement."""
+        words = ("paper", "difference")
+        return [next((word for word in words if column.startswith(word)), column) for column in self.columns]
+
     def rich(self) -> rich.table.Table:
         table = rich.table.Table(title=self.title, caption=Text("\n".join(self.notes)), caption_justify="left")
-        for number, column in enumerate(self.columns):
-            # Each stands beside its measurement; the full title would not fit a terminal.
-            short = next((word for word in ("paper", "difference") if column.startswith(word)), column)
-            table.add_column(short, justify="right" if number else "left")
+        for number, head in enumerate(self.heads):
+            table.add_column(head, justify="right" if number else "left")
         for row in self.rows:
             table.add_row(*row)
         return table
