@@ -688,6 +688,27 @@ def bench_model(
             raise typer.Exit(1)
 
 
+@bench_app.command("evaluate")
+def bench_evaluate(
+    preset: Annotated[str, typer.Option(help="paper, official or debug.")] = "paper",
+    count: Annotated[int, typer.Option("--episodes", min=1, help="1-way 1-shot episodes.")] = 1000,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of passes; the median counts.")] = 1,
+    threads: ThreadsOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+) -> None:
+    """Evaluation against one episode at a time through the same model."""
+    with mistakes():
+        import torch
+
+        from pipelines.bench import bench_evaluate as run
+        from pipelines.workspace import Workspace
+
+        if threads:
+            torch.set_num_threads(threads)
+        show_bench(run(Workspace(workspace).find_store(store), preset, count, repeats))
+
+
 def show_bench(result) -> None:
     """Print a measurement; exit code 1 where it misses its bar."""
     console.print(str(result), highlight=False, markup=False)

@@ -12,11 +12,17 @@ import torch
 
 from la.backbone import read_photo
 from la.coco import find_splits, load_coco
+from la.decoder import segment
 from la.device import autocast
 from la.errors import InputError
-from pipelines.config import FeaturizeConfig, TrainConfig
-from pipelines.episodes import draw, training_plan
+from la.metrics import FewShotIoU
+from la.model import LabelAnything, preset
+from pipelines.batches import BatchBuilder
+from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
+from pipelines.episodes import EpisodeShards, draw, ensure_episodes, evaluation_plan, training_plan
+from pipelines.evaluate import score
 from pipelines.featurize import store_settings
+from pipelines.predict_episodes import predictor
 from pipelines.shard_maker import Shard, ShardMaker
 from pipelines.store import FeatureStore
 
@@ -163,11 +169,54 @@ def bench_episodes(store_path: Path, fold: int = 0, repeats: int = 5, count: int
     )
 
 
-def in_turn(*ways: Callable, turns: list) -> tuple[list[float], ...]:
-    """Seconds of each call of each way: forwards, backwards, forwards, ... after one untimed turn of all."""
+def bench_evaluate(
+    store_path: Path, name: str = "paper", episodes: int = 1000, repeats: int = 1, fold: int = 0
+) -> BenchResult:
+    """1-way 1-shot evaluation as `evaluate` does it against one episode at a time through the same model."""
+    store = FeatureStore(store_path)
+    torch.manual_seed(0)
+    model = LabelAnything(preset(name, channels=store.info.channels)).eval()
+    device = torch.device("cpu")
+    root = store_path.parents[1]
+
+    def shards(count: int) -> EpisodeShards:
+        config = EvaluateConfig(workspace=root, fold=fold, episodes=count)
+        return ensure_episodes(evaluation_plan(config, 0), store)
+
+    def ours(drawn: EpisodeShards) -> None:
+        builder = BatchBuilder(store, "val", model.config.mask_px)
+        score(predictor(model, builder, device), drawn, builder, device)
+
+    @torch.inference_mode()
+    def one_by_one(drawn: EpisodeShards) -> None:
+        builder = BatchBuilder(store, "val", model.config.mask_px)
+        scores = FewShotIoU()
+        for episode in drawn:
+            truth = builder.full_truth(episode)
+            scores.add(segment(model(builder.pack([episode]))[0], truth.shape), truth, episode.classes)
+
+    batched, single = in_turn(ours, one_by_one, turns=[shards(episodes)] * repeats, warm_up=shards(16))
+    return BenchResult(
+        "evaluate: episodes a second over one episode at a time",
+        ratio=statistics.median(b / a for a, b in zip(batched, single, strict=True)),
+        bar=3.0,
+        sense="at least",
+        details={
+            "episodes": episodes,
+            "episodes/s": episodes / statistics.median(batched),
+            "one at a time/s": episodes / statistics.median(single),
+        },
+    )
+
+
+def in_turn(*ways: Callable, turns: list, warm_up: object = None) -> tuple[list[float], ...]:
+    """Seconds of each call of each way: forwards, backwards, forwards, ... after one untimed turn of all.
+
+    The untimed turn is `warm_up`, or else the first.
+    """
     seconds: dict[Callable, list[float]] = {way: [] for way in ways}
     for way in ways:
-        way(turns[0])
+        way(turns[0] if warm_up is None else warm_up)
     for number, turn in enumerate(turns):
         for way in ways if number % 2 == 0 else reversed(ways):
             started = time.perf_counter()

@@ -13,7 +13,8 @@ from la.protocols import protocol_of
 from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig
 from pipelines.episodes import EpisodeShards, ensure_episodes, evaluation_plan
-from pipelines.methods import Method, find_method
+from pipelines.methods import find_method
+from pipelines.predict_episodes import Predict, predictor
 from pipelines.store import FeatureStore
 from pipelines.workspace import Workspace, digest
 
@@ -52,6 +53,7 @@ def evaluate(config: EvaluateConfig, on_progress: Callable[[int, int], None] | N
     device = pick_device(config.device)
     method, name, mask_px = find_method(config, store, device)
     builder = BatchBuilder(store, config.split, mask_px)
+    predict = predictor(method, builder, device)
     protocol = protocol_of(config.protocol)
     size = (store.info.image_size, store.info.image_size) if protocol.truth == "network" else None
     total, per_seed, digests = FewShotIoU(), [], []
@@ -63,7 +65,7 @@ def evaluate(config: EvaluateConfig, on_progress: Callable[[int, int], None] | N
             if on_progress:
                 on_progress(before + done, config.seeds * config.episodes)
 
-        scores = score(method, shards, builder, device, size, progress)
+        scores = score(predict, shards, builder, device, size, progress)
         per_seed.append(scores.miou())
         digests.append(shards.digest)
         total += scores
@@ -101,16 +103,16 @@ def extremes_of(scores: FewShotIoU, per_seed: int, count: int = 3) -> dict[str, 
 
 @torch.inference_mode()
 def score(
-    method: Method,
+    predict: Predict,
     shards: EpisodeShards,
     builder: BatchBuilder,
     device: torch.device,
     size: tuple[int, int] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> FewShotIoU:
-    """Run `method` over all episodes; truth and prediction are compared at `size` or the photo's own size.
+    """Run `predict` over all episodes; truth and prediction are compared at `size` or the photo's own size.
 
-    Which episodes go through the method together is decided by their own ways and shots alone, so that no setting
+    Which episodes are predicted together is decided by their own ways and shots alone, so that no setting
     changes the order in which a number is summed up, and so the last bit of a logit.
     """
     scores = FewShotIoU()
@@ -119,9 +121,8 @@ def score(
     together = max(1, SUPPORTS_AT_ONCE // (ways * shots))
     for start in range(0, len(episodes), together):
         drawn = episodes[start : start + together]
-        batch = builder.pack(drawn).to(device)
         with autocast(device):
-            logits = method(batch).float()
+            logits = predict(drawn).float()
         for episode, low in zip(drawn, logits, strict=True):
             truth = builder.full_truth(episode, size)
             scores.add(segment(low, truth.shape).cpu(), truth, episode.classes)

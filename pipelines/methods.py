@@ -41,6 +41,9 @@ def find_method(config: EvaluateConfig, store: FeatureStore, device: torch.devic
 
 
 def _variant(model: LabelAnything, config: EvaluateConfig) -> Method:
+    if config.background == "learned" and not config.pool_draws:
+        return model
+
     def method(batch: EpisodeBatch) -> Tensor:
         if config.background == "supports":
             batch = with_background_prompts(batch)

@@ -21,6 +21,7 @@ from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.episodes import EpisodeShards, Plan, ensure_episodes, evaluation_plan, training_plan
 from pipelines.evaluate import score
+from pipelines.predict_episodes import predictor
 from pipelines.store import FeatureStore
 from pipelines.workspace import Workspace, write_text, write_whole
 
@@ -167,7 +168,8 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
                 "seconds": at["seconds"],
             }
             if validating:
-                metrics["seen_miou"] = score(average.module, validation, val_builder, device).miou()
+                predict = predictor(average.module, val_builder, device)
+                metrics["seen_miou"] = score(predict, validation, val_builder, device).miou()
                 if metrics["seen_miou"] > at["best"]:
                     at["best"] = metrics["seen_miou"]
                     save(run_dir / "best.pt", checkpoint(average.module, config, store, at["step"]))

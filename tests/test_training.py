@@ -21,6 +21,7 @@ from pipelines.evaluate import evaluate
 from pipelines.featurize import featurize
 from pipelines.methods import find_method
 from pipelines.official import import_official
+from pipelines.predict_episodes import predictor
 from pipelines.store import FeatureStore
 from pipelines.training import Worker, read_ahead, run_dir_of, train, train_loop
 from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS
@@ -311,3 +312,26 @@ def test_too_many_ways_for_the_images_are_refused(workspace):
 def test_an_empty_workspace_says_what_to_run(tmp_path):
     with pytest.raises(InputError, match="featurize"):
         train(settings(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["debug", "official"])
+def test_work_that_episodes_share_is_done_once_and_changes_nothing(workspace, name):
+    store = FeatureStore(next((workspace / "features").iterdir()))
+    torch.manual_seed(0)
+    model = LabelAnything(preset_of(name, channels=store.info.channels, dim=32)).eval()
+    builder = BatchBuilder(store, "val", model.config.mask_px)
+    shared = predictor(model, builder, torch.device("cpu"))
+    embedded = []
+    plain_embed = model.embed
+    model.embed = lambda batch, rows: embedded.append(len(batch.support)) or plain_embed(batch, rows)
+    for task in ({}, {"ways": 2, "prompt": "mixed"}, {"ways": 2, "shots": 2, "supports": "varied", "prompt": "mixed"}):
+        config = EvaluateConfig(workspace=workspace, episodes=12, seeds=1, **task)
+        episodes = list(ensure_episodes(evaluation_plan(config, 0), store))
+        with torch.inference_mode():
+            embedded.clear()
+            ours = torch.cat([shared(episodes[:5]), shared(episodes[5:])])
+            count = sum(embedded)
+            assert torch.equal(shared(episodes[5:]), ours[5:])
+            assert sum(embedded) == count, "known supports are not embedded again"
+            theirs = model(builder.pack(episodes))
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
