@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from la.baselines import prompt_coverage
+from la.baselines import slot_weights
 from la.batch import EpisodeBatch
 from la.model import LabelAnything
 
@@ -25,12 +25,10 @@ def with_flips(method, batch: EpisodeBatch) -> Tensor:
 
 def with_background_prompts(batch: EpisodeBatch) -> EpisodeBatch:
     """The batch with a mask prompt on every support's background pair: what no prompt of that support covers."""
-    coverage = prompt_coverage(batch)
-    covered = torch.zeros((len(batch.support), *coverage.shape[1:]), device=coverage.device)
-    covered.scatter_reduce_(0, batch.pair_support[:, None, None].expand_as(coverage), coverage, "amax")
+    weights = slot_weights(batch)
     background = (batch.pairs.slot % batch.slots.shape[1] == 0).nonzero()[:, 0]
-    size = tuple(batch.masks.shape[1:]) if len(batch.masks) else tuple(4 * n for n in coverage.shape[1:])
-    rest = F.interpolate(1 - covered[batch.pair_support[background]][:, None], size)[:, 0]
+    size = tuple(batch.masks.shape[1:]) if len(batch.masks) else tuple(4 * n for n in weights.shape[1:])
+    rest = F.interpolate(weights[background][:, None], size)[:, 0]
     masks = torch.cat((batch.masks, rest.to(batch.masks.dtype))) if len(batch.masks) else rest
     return replace(
         batch,
