@@ -1,4 +1,4 @@
-"""The whole line on scenes drawn on the spot: featurize, episodes, the ablation sweep, tables and a picture."""
+"""The whole line on scenes drawn on the spot: featurize, episodes, the ablation sweep, tables and pictures."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +43,8 @@ class DemoSize:
 SMALLEST = DemoSize(80, 48, 32, 20, ((2, 1, 1), (2, 2, 1)), 20, 1e-3, 5, 1, 5)  # for tests of the line, not its result
 
 
-def run_demo(root: Path, console: Console, size: DemoSize | None = None) -> tuple[SweepResult, Path | None]:
-    """Run what is missing of every stage in `root`; returns the sweep and, if its model was trained, the picture."""
+def run_demo(root: Path, console: Console, size: DemoSize | None = None) -> tuple[SweepResult, list[Path]]:
+    """Run what is missing of every stage in `root`; returns the sweep and, if its model was trained, the pictures."""
     size = size or DemoSize()
     workspace = Workspace(root)
     say = console.rule
@@ -68,18 +68,19 @@ def run_demo(root: Path, console: Console, size: DemoSize | None = None) -> tupl
     )
     result = run_sweep(sweep, console)
     if "complete/fold0" not in result.results:
-        return result, None
+        return result, []
     la = EvaluateConfig(
         workspace=workspace.root,
         store=store.key,
         checkpoint=result.results["complete/fold0"].checkpoint,
         episodes=size.episodes,
     )
-    tasks = (
-        {"prompt": "mask"},
-        {"prompt": "box"},
-        {"prompt": "point"},
-        {"ways": 2, "shots": 2, "prompt": "mixed", "supports": "varied"},
-    )
-    shown = [(la.model_copy(update=task), seed) for seed, task in enumerate(tasks)]
-    return result, draw_first_episodes(workspace.artifacts / "demo-episodes.png", shown)
+    tasks = ({"prompt": "mask"}, {"prompt": "box"}, {"prompt": "point"}, {"ways": 2, "prompt": "point_box"})
+    mixed = {"ways": 2, "shots": 2, "prompt": "mixed", "supports": "varied"}
+    pictures = [
+        draw_first_episodes(
+            workspace.artifacts / name, [(la.model_copy(update=task), seed) for seed, task in enumerate(shown)]
+        )
+        for name, shown in (("demo-episodes.png", tasks), ("demo-mixed-prompts.png", [mixed] * 3))
+    ]
+    return result, pictures

@@ -39,10 +39,12 @@ class Table:
 
     def rich(self) -> rich.table.Table:
         table = rich.table.Table(title=self.title, caption=Text("\n".join(self.notes)), caption_justify="left")
-        for number, head in enumerate(self.heads):
-            table.add_column(head, justify="right" if number else "left")
+        # a terminal has no room for the differences
+        shown = [number for number, head in enumerate(self.heads) if head != "difference"]
+        for number in shown:
+            table.add_column(self.heads[number], justify="right" if number else "left")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*(row[number] for number in shown))
         return table
 
     def csv(self) -> str:
