@@ -23,7 +23,7 @@ class DemoSize:
     """How much the demo does."""
 
     train_images: int = 400
-    val_images: int = 160
+    val_images: int = 240
     dim: int = 128  # D of the heads, half of the paper's
     steps: int = 1500
     batches: tuple[tuple[int, int, int], ...] = ((2, 2, 2), (4, 1, 2), (8, 1, 1))
