@@ -232,6 +232,13 @@ def train(
     val_episodes: Annotated[
         int, typer.Option(min=1, help="Episodes of seen classes that choose the checkpoint.")
     ] = 100,
+    fold_lists: Annotated[
+        Literal["interleaved", "contiguous"],
+        typer.Option(help="Which quarter of the classes a fold is; protocol panet needs contiguous."),
+    ] = "interleaved",
+    classes: Annotated[
+        Literal["seen", "all"], typer.Option(help="all: train on the fold's test classes too, as in table 4.")
+    ] = "seen",
     seed: Annotated[int, typer.Option(help="Seed of weights and training episodes.")] = 0,
     workspace: WorkspaceOption = WORKSPACE,
     store: StoreOption = None,
@@ -250,6 +257,8 @@ def train(
             workspace=workspace.absolute(),
             store=store,
             fold=fold,
+            fold_lists=fold_lists,
+            classes=classes,
             workers=workers,
             steps=steps,
             minutes=minutes,

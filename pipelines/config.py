@@ -90,9 +90,8 @@ class TrainConfig(Settings):
     schedule: Schedule = "cosine"  # after warm-up, changed at every step
     gamma: float = Field(2.0, ge=0)  # focal loss exponent
     ema: float = Field(0.99, ge=0, lt=1)  # decay per step of the moving average of weights that is validated and kept
-    class_weights: Literal["inverse", "log", "log_batch", "none"] = (
-        "inverse"  # how pixels of a class weigh, see la.losses
-    )
+    # how pixels of a class weigh, see la.losses
+    class_weights: Literal["inverse", "log", "log_batch", "none"] = "inverse"
     # selection, on seen classes of the val split
     val_every: int = Field(250, ge=1)  # steps
     val_episodes: int = Field(100, ge=1)

@@ -3,7 +3,7 @@
 import pytest
 
 from la.errors import InputError
-from pipelines.bench import BenchResult, bench_featurize
+from pipelines.bench import BenchResult, bench_evaluate, bench_featurize
 from pipelines.bench_model import bench_model
 from pipelines.config import FeaturizeConfig
 from pipelines.demo.scenes import draw_scenes
@@ -27,7 +27,7 @@ def test_more_photos_than_there_are_is_refused(tiny_coco, tiny_weights):
 
 
 def test_the_model_is_measured_packed_and_dense(tmp_path, tiny_weights):
-    scenes = draw_scenes(tmp_path / "scenes", train_images=200, val_images=10)
+    scenes = draw_scenes(tmp_path / "scenes", train_images=200, val_images=60)
     store = featurize(FeaturizeConfig(workspace=tmp_path, coco_dir=scenes, weights=tiny_weights, **TINY)).store
     results = bench_model(store, "debug", repeats=1)
     training, memory, evaluation, shots, query = results
@@ -40,3 +40,7 @@ def test_the_model_is_measured_packed_and_dense(tmp_path, tiny_weights):
     assert shots.passed
     assert shots.details["chunked differs by"] < 1e-5
     assert query.ratio > 0
+    evaluated = bench_evaluate(store, "debug", episodes=12)
+    assert evaluated.ratio == pytest.approx(
+        evaluated.details["episodes/s"] / evaluated.details["one at a time/s"], rel=1e-6
+    )

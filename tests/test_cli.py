@@ -144,6 +144,7 @@ def test_mistakes_are_one_message_and_exit_code_2(mistake, tmp_path):
         (["sweep", "ablations", "--folds", "7"], "0, 1, 2 and 3"),
         (["train", "--device", "cuda:9"], "--device cuda:9"),
         (["train", "--dim", 100], "multiple of 16"),
+        (["evaluate", "--method", "prototype", "--pool-draws", 2], "of trained models"),
         (["train", "--store", "other"], "is not in"),
     ],
 )
