@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from la.coco import Annotation, Dataset, run_lengths
-from la.errors import InputError
+from la.errors import InputError, TooFewImages
 from la.protocols import QueryDraw
 
 MIN_AREA = 32 * 32  # pixels of a class that an image must show to count as showing it
@@ -156,12 +156,12 @@ def evaluation_episode(
     A class is drawn uniformly, then a query that shows it, then the other classes, then K supports of each; for other
     ways to draw the query see `la.protocols`. `name` says protocol, fold, split and seed. Classes, query and supports
     do not depend on `prompt`, so that prompt kinds are compared on the same episodes. "mixed" prompts are of one kind
-    for each annotation, drawn at random. With `varied`, a class gets 1 to K supports, and a photo that shows several
-    of the classes counts for each of them. Raises InputError where classes or images are too few.
+    for each annotation, drawn at random. With `varied`, a class gets 1 to K supports, or more
+    where photos drawn for other classes show it too. Raises InputError where classes or images are too few.
     """
     usable = pool.usable(shots)
     if len(usable) < ways:
-        raise InputError(
+        raise TooFewImages(
             f"{name}: {ways}-way {shots}-shot episodes need {ways} classes with {shots + 1} images each; "
             f"{len(usable)} of {len(pool.classes)} classes have them. Lower --ways or --shots, or use more images."
         )

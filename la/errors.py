@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message names what is at fault, what was found, what was expected and what to do next. The command line prints
     it alone, without a traceback, and exits with code 2.
     """
+
+
+class TooFewImages(InputError):
+    """An episode asks for more classes or shots than there are images for."""

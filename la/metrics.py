@@ -78,17 +78,13 @@ class FewShotIoU:
         sums = np.array([(e.foreground, e.background) for e in self.episodes]).reshape(-1, 2, 2).sum(0)
         return float(_percent(sums[:, 0], sums[:, 1]).mean())
 
-    def interval(self, resamples: int = 1000, share: float = 0.95) -> tuple[float, float]:
-        """Bootstrap interval of the mIoU over episodes, in percent: always the same draws."""
-        if not self.episodes:
-            return 0.0, 0.0
+    def resampled(self, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+        """(resamples,) mIoU in percent of as many episodes drawn with replacement: always the same draws."""
         _, hits, unions, asked = self._table()
         count = len(self.episodes)
-        times = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), resamples)
+        times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
         drawn = times @ asked > 0
-        ious = np.where(drawn, _percent(times @ hits, times @ unions), 0).sum(1) / drawn.sum(1)
-        low, high = np.quantile(ious, [(1 - share) / 2, (1 + share) / 2])
-        return float(low), float(high)
+        return np.where(drawn, _percent(times @ hits, times @ unions), 0).sum(1) / drawn.sum(1)
 
     def _table(self) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
         """Category ids, then (episodes, categories) each: intersections, unions, whether the episode asks for it."""
@@ -100,6 +96,13 @@ class FewShotIoU:
             hits[row, columns], unions[row, columns] = np.array(episode.counts).T
             asked[row, columns] = 1
         return categories, hits, unions, asked
+
+
+def bootstrap_interval(seeds: Sequence[FewShotIoU], share: float = 0.95) -> tuple[float, float]:
+    """Interval of the mean over seeds of their mIoU, in percent; episodes are resampled within each seed."""
+    means = np.mean([scores.resampled(seed=seed) for seed, scores in enumerate(seeds)], axis=0)
+    low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
 
 
 def _percent(hits: np.ndarray, unions: np.ndarray) -> np.ndarray:

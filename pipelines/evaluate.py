@@ -8,7 +8,7 @@ import torch
 
 from la.decoder import segment
 from la.device import autocast, pick_device
-from la.metrics import FewShotIoU
+from la.metrics import FewShotIoU, bootstrap_interval
 from la.protocols import protocol_of
 from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig
@@ -28,7 +28,7 @@ class EvaluateResult:
     miou: float
     std: float
     per_seed: list[float]
-    interval: tuple[float, float]  # 95 %, over the episodes of all seeds
+    interval: tuple[float, float]  # 95 %, of the mean, episodes resampled within each seed
     fb_iou: float
     per_class: dict[str, float]  # class name -> IoU over the episodes of all seeds
     episodes_per_class: dict[str, int]
@@ -56,7 +56,7 @@ def evaluate(config: EvaluateConfig, on_progress: Callable[[int, int], None] | N
     predict = predictor(method, builder, device)
     protocol = protocol_of(config.protocol)
     size = (store.info.image_size, store.info.image_size) if protocol.truth == "network" else None
-    total, per_seed, digests = FewShotIoU(), [], []
+    total, of_seeds, digests = FewShotIoU(), [], []
     for seed in range(config.seeds):
         shards = ensure_episodes(evaluation_plan(config, seed), store)
         done_before = seed * config.episodes
@@ -66,15 +66,16 @@ def evaluate(config: EvaluateConfig, on_progress: Callable[[int, int], None] | N
                 on_progress(before + done, config.seeds * config.episodes)
 
         scores = score(predict, shards, builder, device, size, progress)
-        per_seed.append(scores.miou())
+        of_seeds.append(scores)
         digests.append(shards.digest)
         total += scores
+    per_seed = [scores.miou() for scores in of_seeds]
     names = store.dataset(config.split).categories
     result = EvaluateResult(
         miou=statistics.fmean(per_seed),
         std=statistics.stdev(per_seed) if len(per_seed) > 1 else 0.0,
         per_seed=per_seed,
-        interval=total.interval(),
+        interval=bootstrap_interval(of_seeds),
         fb_iou=total.fb_iou(),
         per_class={names[c]: iou for c, iou in total.per_class().items()},
         episodes_per_class={names[c]: n for c, n in total.episodes_per_class().items()},

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sweeps.trial import FoldResult, Job, last_line
+from sweeps.trial import FoldResult, Job, last_line, task_name
 
 LINE_SECONDS = 60.0  # between two lines about one trial where there is no terminal
 
@@ -60,9 +60,10 @@ class SweepDisplay:
         self._show(job, metrics["phase"], done, total, state)
 
     def finished(self, job: Job, result: FoldResult) -> None:
-        first = result.scores[0]
-        task = f"{first.ways}-way {first.shots}-shot {first.prompt}"
-        self._end(job, f"mIoU {first.miou:.1f} ({task}), {result.seconds / 60:.1f} min")
+        first = result.scores[0] if result.scores else None
+        task = task_name(first.ways, first.shots, first.prompt) if first else ""
+        told = f"mIoU {first.miou:.1f} ({task})" if first else "too few images for every task"
+        self._end(job, f"{told}, {result.seconds / 60:.1f} min")
 
     def failed(self, job: Job, reason: str) -> None:
         self._end(job, f"[red]failed[/]: {escape(last_line(reason))}")

@@ -18,6 +18,7 @@ from sweeps.trial import Score, last_line
 if TYPE_CHECKING:
     from sweeps.runner import SweepResult
 
+TOO_FEW = "too few images"
 Row = tuple[str, str, str, Paper]  # title, variant, prompt, the paper's numbers
 
 
@@ -143,7 +144,7 @@ def _measured(result: "SweepResult", variant: str, task: Task, prompt: str) -> s
     scores = scores_of(result, variant, task, prompt)
     if not scores:
         reasons = {_why_not(result, variant, fold) for fold in folds}
-        return "failed" if "failed" in reasons else "not run"
+        return next((reason for reason in ("failed", "not run") if reason in reasons), TOO_FEW)
     cell = f"{mean_of(scores):.1f}"
     if len(folds) == 1 and result.config.seeds > 1:
         cell += f" ± {scores[0].std:.1f}"
@@ -157,7 +158,8 @@ def _with_interval(score: Score) -> str:
 
 
 def _why_not(result: "SweepResult", variant: str, fold: int) -> str:
-    return "failed" if f"{variant}/fold{fold}" in result.failed else "not run"
+    name = f"{variant}/fold{fold}"
+    return "failed" if name in result.failed else TOO_FEW if name in result.results else "not run"
 
 
 def _beside(mean: float | None, number: float | None) -> tuple[str, str]:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from la.errors import InputError
+from la.errors import InputError, TooFewImages
 from pipelines.config import EvaluateConfig, Prompt, Settings, TrainConfig
 from pipelines.workspace import digest, write_text
 from sweeps.study import Variant
@@ -41,8 +41,6 @@ class Job:
 class Score(Settings):
     """One evaluation: mIoU in percent, mean and standard deviation over its seeds, and on which episodes."""
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")  # else a class without pixels would not be read back
-
     ways: int
     shots: int
     prompt: Prompt
@@ -68,6 +66,7 @@ class FoldResult(Settings):
     checkpoint: Path | None = None
     training: dict[str, float] = Field(default_factory=dict)
     scores: tuple[Score, ...] = ()
+    impossible: dict[str, str] = Field(default_factory=dict)  # tasks for which there are too few images -> why
     seconds: float = 0.0
 
     def score(self, ways: int, shots: int, prompt: str) -> Score | None:
@@ -111,7 +110,12 @@ def run_trial(job: Job, report: Report, train: Callable | None = None, evaluate:
         if not result.score(config.ways, config.shots, config.prompt):
             config = config.model_copy(update={"checkpoint": result.checkpoint})
             offset = sum(c.seeds * c.episodes for c in job.evaluations[:number])
-            outcome = evaluate(config, _throttled(report, offset, every))
+            try:
+                outcome = evaluate(config, _throttled(report, offset, every))
+            except TooFewImages as error:  # the other tasks are worth having
+                task = task_name(config.ways, config.shots, config.prompt)
+                result = result.model_copy(update={"impossible": result.impossible | {task: str(error)}})
+                continue
             score = Score(
                 ways=config.ways,
                 shots=config.shots,
@@ -125,6 +129,11 @@ def run_trial(job: Job, report: Report, train: Callable | None = None, evaluate:
     result = result.model_copy(update={"finished": True})
     write_text(job.file, result.model_dump_json(indent=1))
     return result
+
+
+def task_name(ways: int, shots: int, prompt: str) -> str:
+    """Such as "5-way 1-shot mask"."""
+    return f"{ways}-way {shots}-shot {prompt}"
 
 
 def read_result(file: Path) -> FoldResult | None:

@@ -72,7 +72,7 @@ def fake_evaluate(config: EvaluateConfig, on_progress) -> SimpleNamespace:
         fb_iou=60.0,
         method="paper@10",
         per_seed=[miou - 0.5, miou + 0.5],
-        per_class={"cat": miou, "dog": float("nan")},
+        per_class={"cat": miou, "dog": 0.0},
         episodes_digest=f"{config.fold}-{config.ways}-{config.shots}-{config.prompt}",
         classes_drawn=2,
     )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from la.coco import IGNORED
-from la.metrics import FewShotIoU, score_episode
+from la.metrics import FewShotIoU, bootstrap_interval, score_episode
 
 
 def test_iou_by_hand():
@@ -79,13 +79,22 @@ def test_the_interval_holds_the_mean_and_shrinks_with_episodes():
     few, many = scores(40), scores(1000)
     widths = []
     for made in (few, many):
-        low, high = made.interval()
+        low, high = bootstrap_interval([made])
         assert low < made.miou() < high
-        assert made.interval() == (low, high), "the same on every call"
+        assert bootstrap_interval([made]) == (low, high), "the same on every call"
         widths.append(high - low)
     assert widths[1] < widths[0] / 3
     same = FewShotIoU(few.episodes[:1] * 50)
-    assert same.interval() == pytest.approx((same.miou(), same.miou()))
+    assert bootstrap_interval([same]) == pytest.approx((same.miou(), same.miou()))
+
+
+def test_the_interval_is_of_the_mean_over_seeds():
+    good, bad = FewShotIoU(), FewShotIoU()
+    truth = torch.tensor([[1, 1, 0, 0]])
+    for _ in range(30):
+        good.add(truth, truth, (1,))
+        bad.add(1 - truth, truth, (2,))
+    assert bootstrap_interval([good, bad]) == (50, 50)
 
 
 def test_one_episode_by_hand():

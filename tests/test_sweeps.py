@@ -5,7 +5,7 @@ import pytest
 from fake_sweep import STEPS, fake_config, fake_evaluate, fake_store, fake_train
 from rich.console import Console
 
-from la.errors import InputError
+from la.errors import InputError, TooFewImages
 from pipelines.tracking import Tracker, TrackingError
 from pipelines.workspace import Workspace
 from sweeps.ablations import ABLATIONS, ablation_tables
@@ -113,6 +113,33 @@ def test_scores_of_an_earlier_checkpoint_are_thrown_away(tmp_path):
     calls = []
     run_trial(job, ignore, trained_further, lambda *a: calls.append(a) or fake_evaluate(*a))
     assert len(calls) == 8
+
+
+def test_a_task_without_images_enough_does_not_lose_the_others(tmp_path):
+    config = fake_config(tmp_path)
+    plan = plan_sweep(config)
+
+    def evaluate(config, on_progress):
+        if config.ways == 2:
+            raise TooFewImages("2-way needs 2 classes; 1 has them")
+        return fake_evaluate(config, on_progress)
+
+    result = run_trial(plan.jobs[0], ignore, fake_train, evaluate)
+    assert result.finished
+    assert {s.ways for s in result.scores} == {1}
+    assert result.impossible["2-way 1-shot mask"] == "2-way needs 2 classes; 1 has them"
+    five, _ = ABLATIONS.tables(outcome(config, plan, {plan.jobs[0].name: result}, {}))
+    assert five.rows[0][4] == "too few images"
+
+
+def test_a_given_learning_rate_wins_over_a_variants_own(tmp_path):
+    def rates(**train):
+        jobs = plan_sweep(fake_config(tmp_path, study="folds", variants=None, folds=(0,), train=train)).jobs
+        return {job.variant.name: job.train.lr for job in jobs if job.train}
+
+    assert rates() == {"complete": 3e-4, "official": 1e-4}
+    assert rates(lr=7e-6) == {"complete": 7e-6, "official": 7e-6}
+    assert rates(recipe="official") == {"complete": 5e-5, "official": 5e-5}
 
 
 def test_a_result_that_was_edited_is_the_users_to_mend(tmp_path):
