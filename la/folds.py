@@ -21,9 +21,9 @@ def fold_classes(
 ) -> tuple[list[int], list[int]]:
     """(seen, unseen) category ids of a fold.
 
-    `categories` maps ids to names, in any order. Of VOC's twenty classes (COCO's other sixty may be listed without a
-    photo), the folds are those of PASCAL-5i. Of others, COCO-20i among them, a fold leaves out a quarter by position:
-    "interleaved" fold, fold + 4, ...; "contiguous" a block. Raises InputError for a fold outside 0-3.
+    `categories` maps ids to names, in any order. Where they are exactly VOC's twenty classes, by COCO's names, the
+    folds are those of PASCAL-5i. Of others, COCO-20i among them, a fold leaves out a quarter by position: "interleaved"
+    fold, fold + 4, ...; "contiguous" a block. Raises InputError for a fold outside 0-3.
     """
     if not 0 <= fold < FOLDS:
         raise InputError(f"--fold is {fold}; COCO-20i and PASCAL-5i have folds 0 to {FOLDS - 1}. Choose one of them.")

@@ -53,7 +53,7 @@ def _variant(model: LabelAnything, config: EvaluateConfig) -> Method:
 
 
 def load_checkpoint(config: EvaluateConfig, store: FeatureStore, device: torch.device) -> tuple[LabelAnything, str]:
-    path = config.checkpoint or latest_run(Workspace(config.workspace), config.fold)
+    path = config.checkpoint or latest_run(config, store.key)
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"--checkpoint {path} is not there. Pass a run's folder or its best.pt.")
@@ -64,11 +64,11 @@ def load_checkpoint(config: EvaluateConfig, store: FeatureStore, device: torch.d
         raise InputError(f"--checkpoint {path} is not a Label Anything checkpoint ({error}).") from error
     training = json.loads(saved.get("train_config", "{}"))
     generalist = training.get("classes") == "all"
-    if config.classes == "unseen" and not generalist:
+    if not generalist:
         categories = store.dataset(config.split).categories
         _, unseen = fold_classes(categories, saved["fold"], training.get("fold_lists", "interleaved"))
         tested = fold_classes(categories, config.fold, protocol_of(config.protocol).folds)[1]
-        if not set(tested) <= set(unseen):
+        if set(tested) != set(unseen):
             raise InputError(
                 f"--checkpoint {path} was trained on fold {saved['fold']}, so it has seen classes of fold "
                 f"{config.fold} of protocol {config.protocol}. Use --fold {saved['fold']} or another checkpoint; for "
@@ -88,16 +88,19 @@ def load_checkpoint(config: EvaluateConfig, store: FeatureStore, device: torch.d
     return model, f"generalist {name}" if generalist else name
 
 
-def latest_run(workspace: Workspace, fold: int) -> Path:
-    """The folder of the run finished last on that fold; InputError where there is none."""
-    finished = []
+def latest_run(config: EvaluateConfig, store_key: str) -> Path:
+    """The run finished last that has not seen the classes to be tested; InputError where there is none."""
+    workspace, lists, finished = Workspace(config.workspace), protocol_of(config.protocol).folds, []
     for result in workspace.runs.glob("*/result.json"):
-        settings = json.loads((result.parent / "config.json").read_text())
-        if settings["fold"] == fold:
+        training = json.loads((result.parent / "config.json").read_text())
+        trained_on = training["fold"], training.get("classes", "seen"), training.get("fold_lists", "interleaved")
+        if trained_on == (config.fold, "seen", lists) and training["store"] in (None, store_key):
             finished.append((result.stat().st_mtime, result.parent))
     if not finished:
+        wanted = f"python cli.py train --fold {config.fold}"
+        wanted += "" if lists == "interleaved" else f" --fold-lists {lists}"
         raise InputError(
-            f"--workspace {workspace.root} has no finished training of fold {fold}. "
-            f"Run `python cli.py train --fold {fold}`, or pass --checkpoint or --method prototype."
+            f"--workspace {workspace.root} has no finished training of fold {config.fold} on the features {store_key} "
+            f"with {lists} folds. Run `{wanted}`, or pass --checkpoint or --method prototype."
         )
     return max(finished)[1]

@@ -14,7 +14,8 @@ from pipelines.batches import BatchBuilder
 from pipelines.methods import Method
 
 Predict = Callable[[Sequence[Episode]], Tensor]
-CACHE_BYTES = 400e6  # of query maps after the neck; embeddings of supports are a thousand times smaller
+CACHE_BYTES = 400e6  # of query maps after the neck
+MOST_SUPPORTS = 50_000  # whose embeddings are kept, some kilobytes each
 
 SupportKey = tuple[int, tuple[Pair, ...], bool, bool]
 
@@ -72,9 +73,11 @@ class SharedWork:
         pool = self.model.prompt_encoder.pool
         rows = pool.fixed(len(alone), slots).to(self.device) if pool is not None else None
         embeddings = self.model.embed(batch, rows)
-        order = batch.pairs.episode.argsort(stable=True)  # background first, then the pairs as in the episode
-        counts = [1 + len(key[1]) for key in missing]
-        self._embedded |= dict(zip(missing, embeddings[order].split(counts), strict=True))
+        counts = [1 + len(key[1]) for key in missing]  # background first, then the pairs as in the episode
+        self._embedded |= dict(zip(missing, embeddings.split(counts), strict=True))
+        # what this batch needs stays
+        for key in [key for key in self._embedded if key not in set(keys)][: len(self._embedded) - MOST_SUPPORTS]:
+            del self._embedded[key]
 
     def _through_neck(self, images: Sequence[int]) -> Tensor:
         missing = [i for i in dict.fromkeys(images) if i not in self._queries]

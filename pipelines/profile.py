@@ -159,6 +159,8 @@ def _row(cell: Cell, missing: str | None) -> ProfileRow:
         if not cell.backbone:
             raise
         return replace(row, note=f"from photos: {error}")
+    except (RuntimeError, MemoryError) as error:  # such as a GPU's memory that does not suffice
+        return replace(row, note=f"{cell.method}, {cell.shots} shots: {str(error).splitlines()[0]}")
 
 
 def _check(cell: Cell, shots: list[int], methods: list[str]) -> None:

@@ -23,7 +23,7 @@ from pipelines.episodes import EpisodeShards, Plan, ensure_episodes, evaluation_
 from pipelines.evaluate import score
 from pipelines.predict_episodes import predictor
 from pipelines.store import FeatureStore
-from pipelines.workspace import Workspace, write_text, write_whole
+from pipelines.workspace import Workspace, locked, write_text, write_whole
 
 Report = Callable[[dict], None]
 REPORT_EVERY = 10  # steps
@@ -57,6 +57,13 @@ def train(config: TrainConfig, on_report: Report | None = None) -> TrainResult:
     workspace, a fold outside 0-3 and too few images for the batches.
     """
     run_dir = run_dir_of(config)
+    with locked(run_dir, wait=True):  # trials of two sweeps may need the same run: the second finds it finished
+        _train_in(run_dir, config, on_report)
+    result = json.loads((run_dir / "result.json").read_text())
+    return TrainResult(run_dir, run_dir / "best.pt", result["step"], result["metrics"])
+
+
+def _train_in(run_dir: Path, config: TrainConfig, on_report: Report | None) -> None:
     if not (run_dir / "result.json").exists():
         store = FeatureStore(Workspace(config.workspace).find_store(config.store))
         ensure_episodes(training_plan(config), store)
@@ -68,8 +75,6 @@ def train(config: TrainConfig, on_report: Report | None = None) -> TrainResult:
             fit(config, on_report)
         else:
             train_loop(config, Worker(), on_report or (lambda _: None))
-    result = json.loads((run_dir / "result.json").read_text())
-    return TrainResult(run_dir, run_dir / "best.pt", result["step"], result["metrics"])
 
 
 def run_dir_of(config: TrainConfig) -> Path:

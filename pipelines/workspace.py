@@ -1,9 +1,11 @@
 """One folder that holds everything a study makes, so that later verbs find what earlier ones wrote."""
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -71,6 +73,23 @@ def write_whole(path: Path, write: Callable[[Path], T]) -> T:
     finally:
         temporary.unlink(missing_ok=True)
     return result
+
+
+@contextmanager
+def locked(folder: Path, wait: bool) -> Iterator[None]:
+    """Hold `folder` for this process; the system lets go of it when the process dies, however it dies.
+
+    Where another process holds it: waits for it, or raises InputError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            raise InputError(
+                f"{folder} is in use: the same command is already running. Wait for it, or change a setting."
+            ) from error
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

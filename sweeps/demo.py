@@ -66,7 +66,7 @@ def run_demo(root: Path, console: Console, size: DemoSize | None = None) -> tupl
     sweep = SweepConfig(
         workspace=workspace.root, store=store.key, train=size.train, seeds=size.seeds, episodes=size.episodes
     )
-    result = run_sweep(sweep, console)
+    result = run_sweep(sweep, console, command=f"python cli.py demo --workspace {workspace.root}")
     if "complete/fold0" not in result.results:
         return result, []
     la = EvaluateConfig(

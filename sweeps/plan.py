@@ -1,8 +1,5 @@
 """From a sweep's settings to its trials: pure but for looking up the feature store."""
 
-import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,20 +104,3 @@ def _train_config(config: SweepConfig, variant: Variant, fold: int, place: dict)
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise InputError(f"Training setting {field!r} is {first['input']!r}: {first['msg']}.") from error
-
-
-@contextmanager
-def only_driver(folder: Path) -> Iterator[None]:
-    """Hold the sweep for this process; the system lets go of it when the process dies, however it dies.
-
-    Raises InputError where another process runs the same sweep.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"{folder} is in use: the same sweep is already running. Wait for it, or change a setting."
-            ) from error
-        yield

@@ -2,7 +2,6 @@
 
 import base64
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +50,8 @@ def write_report(root: Path, out: Path) -> Path:
     stores = sorted(path.parent for path in workspace.features.glob("*/store.json"))
     if not stores:
         workspace.find_store()  # says what to do
-    found = dict(_sweeps(workspace))
-    sections = [_section(workspace, study, found.get(name)) for name, study in STUDIES.items()]
+    found = _sweeps(workspace)
+    sections = [_section(workspace, study, found.get(name, [])) for name, study in STUDIES.items()]
     environment = Environment(loader=PackageLoader("sweeps", "."), autoescape=select_autoescape(["html"]))
     text = environment.get_template("report.html").render(
         sections=sections,
@@ -65,35 +64,48 @@ def write_report(root: Path, out: Path) -> Path:
     return out
 
 
-def _sweeps(workspace: Workspace) -> Iterator[tuple[str, SweepResult]]:
-    """(study, its sweep); of several, the one with most finished trials, then the newest, comes last."""
-    read = []
+@dataclass(frozen=True)
+class _Found:
+    """A sweep on disk."""
+
+    result: SweepResult
+    command: str | None
+
+
+def _sweeps(workspace: Workspace) -> dict[str, list[_Found]]:
+    """study -> its sweeps, the one started last first; those whose features are gone are left out."""
+    found: dict[str, list[tuple[float, _Found]]] = {}
     for file in (workspace.runs / "sweeps").glob("*/sweep.json"):
         try:
-            config = SweepConfig.model_validate_json(file.read_text())
-        except ValueError as error:
+            content = json.loads(file.read_text())
+            config = SweepConfig.model_validate(content["config"])
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is not the settings of a sweep ({error}). Delete its folder.") from error
-        config = config.model_copy(update={"workspace": workspace.root})
-        plan = plan_sweep(config)
+        if config.study not in STUDIES or not (workspace.features / str(config.store) / "store.json").exists():
+            continue
+        plan = plan_sweep(config.model_copy(update={"workspace": workspace.root}))
         results = {job.name: one for job in plan.jobs if (one := read_result(job.file)) and one.finished}
         result = SweepResult(config, file.parent.name, file.parent, plan.variants, results, {}, False)
-        read.append((len(results), file.stat().st_mtime, result))
-    for _, _, result in sorted(read, key=lambda item: item[:2]):
-        yield result.config.study, result
+        found.setdefault(config.study, []).append((file.stat().st_mtime, _Found(result, content["command"])))
+    return {study: [one for _, one in sorted(sweeps, key=lambda item: -item[0])] for study, sweeps in found.items()}
 
 
-def _section(workspace: Workspace, study: Study, result: SweepResult | None) -> Section:
+def _section(workspace: Workspace, study: Study, sweeps: list[_Found]) -> Section:
     command = f"python cli.py sweep {study.name} --workspace {workspace.root}"
-    if result is None:
+    if not sweeps:
         config = SweepConfig(
             workspace=workspace.root, study=study.name, folds=study.folds, ways=study.ways, shots=study.shots
         )
         config = config.model_copy(update={"prompts": study.prompts})
         empty = SweepResult(config, "", Path(), study.variants, {}, {}, False)
         return Section(study, empty, command, study.tables(empty), [], [], {})
-    return Section(
-        study, result, command, study.tables(result), _plots(study, result), _gallery(result), _settings(result)
-    )
+    shown, *others = sweeps
+    result = shown.result
+    settings = _settings(result)
+    if others:
+        settings["other sweeps"] = ", ".join(str(one.result.folder) for one in others)
+    tables, drawn, gallery = study.tables(result), _plots(study, result), _gallery(result)
+    return Section(study, result, shown.command or command, tables, drawn, gallery, settings)
 
 
 def _plots(study: Study, result: SweepResult) -> list[Markup]:

@@ -4,6 +4,7 @@ The result files are the sweep's state. A sweep that was killed and is started a
 skips what is finished, and lets training go on from its own checkpoints; one whose settings differ is another sweep.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -26,9 +27,9 @@ from la.errors import InputError
 from pipelines.cluster import ray_session
 from pipelines.config import SweepConfig
 from pipelines.tracking import Tracker
-from pipelines.workspace import Workspace, write_text
+from pipelines.workspace import Workspace, locked, write_text
 from sweeps.display import SweepDisplay
-from sweeps.plan import only_driver, plan_sweep
+from sweeps.plan import plan_sweep
 from sweeps.records import SweepRuns
 from sweeps.studies import STUDIES
 from sweeps.study import Variant
@@ -65,18 +66,25 @@ class Listener(Protocol):
     def failed(self, job: Job, reason: str) -> None: ...
 
 
-def run_sweep(config: SweepConfig, console: Console | None = None, trainable: Trainable = run_trial) -> SweepResult:
+def run_sweep(
+    config: SweepConfig,
+    console: Console | None = None,
+    trainable: Trainable = run_trial,
+    command: str | None = None,
+) -> SweepResult:
     """Run what is not finished, log to MLflow, write the tables as CSV; progress goes to `console`.
 
     A trial that fails is in `failed` and costs no other; the next start tries it again. Ctrl-C ends the sweep with what
     it has. Uses the running Ray, the cluster of RAY_ADDRESS, or starts one here; on several machines the workspace and
     the checkout have to lie on storage they share. `trainable` runs in a worker and has to write `job.file`.
+    `command` is what was typed, for the report to name.
 
     Raises InputError for settings that cannot be met and for a sweep that runs already.
     """
     plan = plan_sweep(config)
-    with only_driver(plan.folder):
-        write_text(plan.folder / "sweep.json", config.model_dump_json(indent=1))
+    with locked(plan.folder, wait=False):
+        settings = config.model_copy(update={"store": plan.store.key}).model_dump(mode="json")
+        write_text(plan.folder / "sweep.json", json.dumps({"command": command, "config": settings}, indent=1))
         results = {job.name: result for job in plan.jobs if (result := _finished(job))}
         todo = [job for job in plan.jobs if job.name not in results]
         failed: dict[str, str] = {}

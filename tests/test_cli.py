@@ -144,6 +144,8 @@ def test_mistakes_are_one_message_and_exit_code_2(mistake, tmp_path):
         (["sweep", "ablations", "--folds", "7"], "0, 1, 2 and 3"),
         (["train", "--device", "cuda:9"], "--device cuda:9"),
         (["train", "--dim", 100], "multiple of 16"),
+        (["train", "--lr", 0], "--lr is 0.0: Input should be greater than 0"),
+        (["sweep", "nway", "--ways", "0"], "--ways is 0: Input should be greater than or equal to 1"),
         (["evaluate", "--method", "prototype", "--pool-draws", 2], "of trained models"),
         (["train", "--store", "other"], "is not in"),
     ],

@@ -7,11 +7,11 @@ from rich.console import Console
 
 from la.errors import InputError, TooFewImages
 from pipelines.tracking import Tracker, TrackingError
-from pipelines.workspace import Workspace
+from pipelines.workspace import Workspace, locked
 from sweeps.ablations import ABLATIONS, ablation_tables
 from sweeps.display import SweepDisplay
 from sweeps.folds import fold_tables
-from sweeps.plan import only_driver, plan_sweep
+from sweeps.plan import plan_sweep
 from sweeps.prompts import PAPER
 from sweeps.records import SweepRuns, over_folds
 from sweeps.runner import SweepResult
@@ -77,9 +77,9 @@ def test_wrong_settings_are_named_before_anything_runs(tmp_path, changes, messag
 
 
 def test_a_sweep_has_one_driver(tmp_path):
-    with only_driver(tmp_path), pytest.raises(InputError, match="already running"), only_driver(tmp_path):
+    with locked(tmp_path, wait=False), pytest.raises(InputError, match="already running"), locked(tmp_path, wait=False):
         pass
-    with only_driver(tmp_path):
+    with locked(tmp_path, wait=False):
         pass
 
 

@@ -19,7 +19,7 @@ from pipelines.demo.scenes import draw_scenes
 from pipelines.episodes import draw, ensure_episodes, evaluation_plan, training_plan
 from pipelines.evaluate import evaluate
 from pipelines.featurize import featurize
-from pipelines.methods import find_method
+from pipelines.methods import find_method, latest_run
 from pipelines.official import import_official
 from pipelines.predict_episodes import predictor
 from pipelines.store import FeatureStore
@@ -236,6 +236,15 @@ def test_every_protocol_evaluates(workspace, protocol):
     store = FeatureStore(next((workspace / "features").iterdir()))
     plans = [evaluation_plan(config, seed) for seed in (0, 1)]
     drawn = [list(ensure_episodes(plan, store)) for plan in plans]
+    if PROTOCOLS[protocol].truth == "network":
+        builder, size = BatchBuilder(store, "val"), (store.info.image_size + 8,) * 2
+        assert builder.full_truth(drawn[0][0], size).shape == size
+    for episode in drawn[0]:
+        areas = store.dataset("val").class_areas
+        assert any(areas[episode.query].get(c, 0) >= PROTOCOLS[protocol].min_area for c in episode.classes)
+        for pair in episode.pairs:
+            shown = areas[episode.supports[pair.support]][episode.classes[pair.slot]]
+            assert shown >= PROTOCOLS[protocol].min_area
     if protocol == "panet":
         assert [len({frozenset(e.classes) for e in episodes}) for episodes in drawn] == [1, 1], (
             "classes are fixed in a run"
@@ -272,6 +281,16 @@ def test_contiguous_folds_need_a_checkpoint_trained_on_them(workspace):
         evaluate(config)
     run = train(settings(workspace, fold_lists="contiguous"))
     assert evaluate(config.model_copy(update={"checkpoint": run.run_dir})).protocol == "panet"
+
+
+def test_the_default_checkpoint_has_not_seen_the_test_classes(workspace):
+    store = FeatureStore(next((workspace / "features").iterdir()))
+    plain = train(settings(workspace, seed=5))
+    train(settings(workspace, seed=6, classes="all"))
+    train(settings(workspace, seed=7, fold_lists="contiguous"))
+    assert latest_run(EvaluateConfig(workspace=workspace), store.key) == plain.run_dir
+    with pytest.raises(InputError, match="train --fold 3 --fold-lists contiguous"):
+        latest_run(EvaluateConfig(workspace=workspace, fold=3, protocol="panet"), store.key)
 
 
 def test_a_generalist_may_be_tested_on_what_it_has_seen(workspace):

@@ -1,0 +1,56 @@
+"""Variants at test time do what they say."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from la.batch import pack
+from la.episodes import Episode, Pair
+from la.model import LabelAnything, preset
+from la.test_time import averaged_over_draws, with_background_prompts, with_flips
+
+CHANNELS = 8
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    maps = {i: torch.randn(4, 4, CHANNELS, generator=generator) for i in range(1, 5)}
+    left = torch.zeros(16, 16)
+    left[:, :8] = 1
+    pairs = (Pair(0, 0, (1,), (), ()), Pair(1, 1, (2,), (), ()))
+    episode = Episode(0, (7, 9), 3, (1, 2), pairs)
+    return pack((episode,), lambda ids: torch.stack([maps[i] for i in ids]), lambda *_: left, lambda _: (40, 40))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return LabelAnything(preset("debug", channels=CHANNELS)).eval()
+
+
+@torch.no_grad()
+def test_flips_do_not_care_which_way_round_the_query_comes(model, batch):
+    mirrored = replace(batch, query=batch.query.flip(2))
+    torch.testing.assert_close(with_flips(model, mirrored), with_flips(model, batch).flip(-1))
+    assert not torch.allclose(model(mirrored), model(batch).flip(-1)), "the plain model does"
+
+
+@torch.no_grad()
+def test_draws_of_the_token_pool_are_averaged(model, batch):
+    expected = (model(batch, [0]) + model(batch, [1]) + model(batch, [2])) / 3
+    torch.testing.assert_close(averaged_over_draws(model, batch, 3), expected)
+
+
+def test_the_background_is_prompted_with_what_no_prompt_covers(batch):
+    prompted = with_background_prompts(batch)
+    slots = prompted.pairs.slot[prompted.mask_pair]
+    masks = {int(s): [] for s in slots}
+    for slot, mask in zip(slots.tolist(), prompted.masks, strict=True):
+        masks[slot].append(mask)
+    assert len(masks[0]) == 2, "one on each support"
+    for mask in masks[0]:
+        assert (mask[:, :8] == 0).all()
+        assert (mask[:, 8:] == 1).all()
+    torch.testing.assert_close(masks[1][0] + masks[0][0], torch.ones(16, 16))
