@@ -30,8 +30,8 @@ class DemoSize:
     train_batches: int = 1500
     lr: float = 1e-3
     val_episodes: int = 50
-    seeds: int = 2
-    episodes: int = 100
+    seeds: int = 3
+    episodes: int = 200
 
     @property
     def train(self) -> dict:
