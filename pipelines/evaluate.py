@@ -95,8 +95,12 @@ def evaluate(config: EvaluateConfig, on_progress: Callable[[int, int], None] | N
 
 
 def extremes_of(scores: FewShotIoU, per_seed: int, count: int = 3) -> dict[str, list[tuple[int, int, float]]]:
-    """The `count` best, median and worst episodes as (seed, index, mean IoU of their classes in percent)."""
-    ranked = sorted(enumerate(e.miou() for e in scores.episodes), key=lambda item: (-item[1], item[0]))
+    """The `count` best, median and worst episodes as (seed, index, mean IoU of their classes in percent).
+
+    Of episodes with the same counts of pixels, most likely the same photos drawn again, the first.
+    """
+    first = {score: at for at, score in reversed(list(enumerate(scores.episodes)))}
+    ranked = sorted(((at, score.miou()) for score, at in first.items()), key=lambda item: (-item[1], item[0]))
     middle = max(0, len(ranked) // 2 - count // 2)
     chosen = {"best": ranked[:count], "median": ranked[middle : middle + count], "worst": ranked[-count:]}
     return {name: [(*divmod(at, per_seed), iou) for at, iou in found] for name, found in chosen.items()}

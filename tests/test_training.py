@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 
 from la.errors import InputError
 from la.folds import fold_classes
+from la.metrics import FewShotIoU
 from la.model import LabelAnything
 from la.model import preset as preset_of
 from la.official import to_official
@@ -17,7 +18,7 @@ from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.episodes import draw, ensure_episodes, evaluation_plan, training_plan
-from pipelines.evaluate import evaluate
+from pipelines.evaluate import evaluate, extremes_of
 from pipelines.featurize import featurize
 from pipelines.methods import find_method, latest_run
 from pipelines.official import import_official
@@ -354,3 +355,14 @@ def test_work_that_episodes_share_is_done_once_and_changes_nothing(workspace, na
             assert sum(embedded) == count, "known supports are not embedded again"
             theirs = model(builder.pack(episodes))
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
+
+
+def test_galleries_show_no_episode_twice():
+    scores = FewShotIoU()
+    truth = torch.tensor([[1, 1, 1, 0]])
+    for said in (3, 3, 2, 1, 0, 3, 2):
+        scores.add((torch.arange(4) < said).long()[None], truth, (5,))
+    chosen = extremes_of(scores, per_seed=4, count=2)
+    assert [(seed, index) for seed, index, _ in chosen["best"]] == [(0, 0), (0, 2)]
+    assert [(seed, index) for seed, index, _ in chosen["worst"]] == [(0, 3), (1, 0)]
+    assert chosen["best"][0][2] == 100
