@@ -37,6 +37,7 @@ FoldOption = Annotated[int, typer.Option("--fold", help="COCO-20i fold, 0 to 3; 
 FoldsOption = Annotated[str, typer.Option("--folds", help="COCO-20i folds, such as 0 or 0,1,2,3.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1; auto takes CUDA if there.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Torch threads of each process.")]
+RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Pairs of passes; the median counts.")]
 WaysOption = Annotated[int, typer.Option("--ways", min=1, help="Classes of an episode.")]
 ShotsOption = Annotated[int, typer.Option("--shots", min=1, help="Support images of each class.")]
 SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Sets of episodes; mean and std are over them.")]
@@ -62,6 +63,12 @@ PromptOption = Annotated[
 ProtocolOption = Annotated[
     Literal["la", "hsnet", "pfenet", "panet", "large"],
     typer.Option(help="How episodes are drawn and scored; numbers compare within one."),
+]
+ProtocolSeedsOption = Annotated[
+    int | None, typer.Option("--seeds", min=1, help="Sets of episodes; default: the protocol's.")
+]
+ProtocolEpisodesOption = Annotated[
+    int | None, typer.Option("--episodes", min=1, help="Of each seed; default: the protocol's.")
 ]
 SupportsOption = Annotated[
     Literal["fixed", "varied"],
@@ -322,10 +329,8 @@ def evaluate(
     prompt: PromptOption = "mask",
     supports: SupportsOption = "fixed",
     protocol: ProtocolOption = "la",
-    seeds: Annotated[int | None, typer.Option(min=1, help="Sets of episodes; default: the protocol's.")] = None,
-    count: Annotated[
-        int | None, typer.Option("--episodes", min=1, help="Of each seed; default: the protocol's.")
-    ] = None,
+    seeds: ProtocolSeedsOption = None,
+    count: ProtocolEpisodesOption = None,
     classes: Annotated[Literal["unseen", "seen"], typer.Option(help="Which classes of the fold.")] = "unseen",
     split: Annotated[Literal["val", "train"], typer.Option(help="Which photos.")] = "val",
     pool_draws: Annotated[
@@ -537,8 +542,8 @@ def add_study(study: Study) -> None:
             str | None, typer.Option(help=f"Some of {commas(v.name for v in study.variants)}; default: all.")
         ] = None,
         protocol: ProtocolOption = "la",
-        seeds: Annotated[int | None, typer.Option(min=1, help="Sets of episodes; default: the protocol's.")] = None,
-        count: Annotated[int | None, typer.Option("--episodes", min=1, help="Of each seed.")] = None,
+        seeds: ProtocolSeedsOption = None,
+        count: ProtocolEpisodesOption = None,
         ways: Annotated[str, typer.Option(help="Ways of the evaluations.")] = commas(study.ways),
         shots: Annotated[str, typer.Option(help="Shots of the evaluations.")] = commas(study.shots),
         concurrent: Annotated[
@@ -552,7 +557,6 @@ def add_study(study: Study) -> None:
         tracking_uri: Annotated[str | None, typer.Option(help="An MLflow server; default: the workspace's.")] = None,
     ) -> None:
         with mistakes():
-            from la.protocols import protocol_of
             from pipelines.config import SweepConfig
             from sweeps.runner import run_sweep
 
@@ -567,8 +571,8 @@ def add_study(study: Study) -> None:
                 shots=numbers(shots, "--shots"),
                 prompts=study.prompts,
                 protocol=protocol,
-                seeds=seeds or protocol_of(protocol).seeds,
-                episodes=count or protocol_of(protocol).episodes,
+                seeds=seeds,
+                episodes=count,
                 concurrent=concurrent,
                 gpus=gpus,
                 device=device,
@@ -643,7 +647,7 @@ def bench_featurize(
     weights: WeightsOption = None,
     image_size: SizeOption = 480,
     images: Annotated[int, typer.Option(min=8, help="Photos of each pass.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of passes; the median counts.")] = 3,
+    repeats: RepeatsOption = 3,
 ) -> None:
     """The whole of featurizing against calling the bare backbone on decoded photos."""
     with mistakes():
@@ -655,7 +659,7 @@ def bench_featurize(
 @bench_app.command("store")
 def bench_store(
     images: Annotated[int, typer.Option(min=8, help="Photos of each pass.")] = 300,
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of passes; the median counts.")] = 5,
+    repeats: RepeatsOption = 5,
     workspace: WorkspaceOption = WORKSPACE,
     store: StoreOption = None,
 ) -> None:
@@ -685,7 +689,7 @@ def bench_episodes(
 @bench_app.command("model")
 def bench_model(
     preset: Annotated[str, typer.Option(help="paper, official or debug.")] = "official",
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of passes; the median counts.")] = 5,
+    repeats: RepeatsOption = 5,
     threads: ThreadsOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     store: StoreOption = None,
@@ -711,7 +715,7 @@ def bench_model(
 def bench_evaluate(
     preset: Annotated[str, typer.Option(help="paper, official or debug.")] = "paper",
     count: Annotated[int, typer.Option("--episodes", min=1, help="1-way 1-shot episodes.")] = 1000,
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of passes; the median counts.")] = 1,
+    repeats: RepeatsOption = 1,
     threads: ThreadsOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     store: StoreOption = None,

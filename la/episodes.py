@@ -156,8 +156,8 @@ def evaluation_episode(
     A class is drawn uniformly, then a query that shows it, then the other classes, then K supports of each; for other
     ways to draw the query see `la.protocols`. `name` says protocol, fold, split and seed. Classes, query and supports
     do not depend on `prompt`, so that prompt kinds are compared on the same episodes. "mixed" prompts are of one kind
-    for each annotation, drawn at random. With `varied`, a class gets 1 to K supports, or more
-    where photos drawn for other classes show it too. Raises InputError where classes or images are too few.
+    for each annotation, drawn at random. With `varied`, a class gets 1 to K supports, or more where photos drawn for
+    other classes show it too. Raises TooFewImages where classes or images are too few.
     """
     usable = pool.usable(shots)
     if len(usable) < ways:

@@ -115,30 +115,12 @@ class TrainConfig(Settings):
         return f"{self.preset}-fold{self.fold}-seed{self.seed}-{digest(settings, 8)}"
 
 
-class EvaluateConfig(Settings):
-    """Evaluation of one method on the unseen classes of one fold by a protocol (paper section 5.1)."""
+class ProtocolSettings(Settings):
+    """Base of settings that evaluate: the protocol sets seeds and episodes where they are not given."""
 
-    workspace: Path
-    store: str | None = None
-    method: str = "la"  # "la" (needs a checkpoint) or the name of a baseline
-    checkpoint: Path | None = None  # a run's folder or a checkpoint file
-    fold: int = 0
-    ways: int = Field(1, ge=1)
-    shots: int = Field(1, ge=1)
-    prompt: Prompt = "mask"  # "mixed": each annotation one of the three
-    supports: Literal["fixed", "varied"] = "fixed"  # varied: 1 to K shots a class, photos that serve several classes
-    protocol: str = "la"  # of la.protocols; sets seeds and episodes where they are not given
+    protocol: str = "la"  # of la.protocols
     seeds: int = Field(5, ge=1)
     episodes: int = Field(1000, ge=1)  # of each seed
-    classes: Literal["unseen", "seen"] = "unseen"
-    split: Literal["val", "train"] = "val"
-    # variants of a trained model at test time, see la.test_time
-    pool_draws: int = Field(0, ge=0)  # mean over so many draws of the token-pool rows; 0: fixed rows
-    background: Literal["learned", "supports"] = "learned"  # supports: what no prompt covers is a prompt too
-    flips: bool = False  # mean with the query's features flipped
-    gallery: Path | None = None  # draw the best, median and worst episodes into this JPEG
-    device: str = "auto"
-    threads: int | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -150,7 +132,30 @@ class EvaluateConfig(Settings):
         return {"seeds": protocol.seeds, "episodes": protocol.episodes} | given
 
 
-class SweepConfig(Settings):
+class EvaluateConfig(ProtocolSettings):
+    """Evaluation of one method on the unseen classes of one fold by a protocol (paper section 5.1)."""
+
+    workspace: Path
+    store: str | None = None
+    method: str = "la"  # "la" (needs a checkpoint) or the name of a baseline
+    checkpoint: Path | None = None  # a run's folder or a checkpoint file
+    fold: int = 0
+    ways: int = Field(1, ge=1)
+    shots: int = Field(1, ge=1)
+    prompt: Prompt = "mask"  # "mixed": each annotation one of the three
+    supports: Literal["fixed", "varied"] = "fixed"  # varied: 1 to K shots a class, photos that serve several classes
+    classes: Literal["unseen", "seen"] = "unseen"
+    split: Literal["val", "train"] = "val"
+    # variants of a trained model at test time, see la.test_time
+    pool_draws: int = Field(0, ge=0)  # mean over so many draws of the token-pool rows; 0: fixed rows
+    background: Literal["learned", "supports"] = "learned"  # supports: what no prompt covers is a prompt too
+    flips: bool = False  # mean with the query's features flipped
+    gallery: Path | None = None  # draw the best, median and worst episodes into this JPEG
+    device: str = "auto"
+    threads: int | None = None
+
+
+class SweepConfig(ProtocolSettings):
     """A study: every variant trained and evaluated on every fold (paper section 5.4)."""
 
     workspace: Path
@@ -163,9 +168,6 @@ class SweepConfig(Settings):
     ways: tuple[int, ...] = Field((1, 2), min_length=1)
     shots: tuple[int, ...] = Field((1,), min_length=1)
     prompts: tuple[Prompt, ...] = Field(PROMPTS, min_length=1)
-    protocol: str = "la"
-    seeds: int = Field(5, ge=1)
-    episodes: int = Field(1000, ge=1)  # of each seed
     # where: none of it changes a result
     concurrent: int | None = Field(None, ge=1)  # trials at once; None: as many as the CPUs and GPUs take
     threads: int = Field(1, ge=1)  # CPU threads of each trial

@@ -90,7 +90,7 @@ def evaluate(config: EvaluateConfig, on_progress: Callable[[int, int], None] | N
     if config.gallery:
         from pipelines.figures import draw_extremes  # brings matplotlib, which workers seldom need
 
-        draw_extremes(config.gallery, config, result.extremes)
+        draw_extremes(config, method, name, builder, device, result.extremes)
     return result
 
 

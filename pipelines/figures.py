@@ -66,16 +66,20 @@ def draw_first_episodes(path: Path, chosen: Sequence[tuple[EvaluateConfig, int]]
     return draw_episodes(path, method, title, BatchBuilder(store, config.split, mask_px), episodes, device)
 
 
-def draw_extremes(path: Path, config: EvaluateConfig, extremes: Mapping[str, Sequence[tuple[int, int, float]]]) -> Path:
-    """Draw the episodes (seed, index, IoU) under their names, best first."""
-    store = FeatureStore(Workspace(config.workspace).find_store(config.store))
-    device = pick_device(config.device)
-    method, name, mask_px = find_method(config, store, device)
+def draw_extremes(
+    config: EvaluateConfig,
+    method: Method,
+    name: str,
+    builder: BatchBuilder,
+    device: torch.device,
+    extremes: Mapping[str, Sequence[tuple[int, int, float]]],
+) -> Path:
+    """Draw the episodes (seed, index, IoU) under their names into `config.gallery`, best first."""
     chosen = [(kind, *one) for kind, found in extremes.items() for one in found]
-    episodes = [draw(evaluation_plan(config, seed), store, 0, at, at + 1)[0] for _, seed, at, _ in chosen]
+    episodes = [draw(evaluation_plan(config, seed), builder.store, 0, at, at + 1)[0] for _, seed, at, _ in chosen]
     labels = [f"prediction: {kind}, IoU {iou:.0f} %" for kind, _, _, iou in chosen]
     title = f"{name}: {config.classes} classes of fold {config.fold}, best, median and worst episodes"
-    return draw_episodes(path, method, title, BatchBuilder(store, config.split, mask_px), episodes, device, labels)
+    return draw_episodes(config.gallery, method, title, builder, episodes, device, labels)
 
 
 @torch.inference_mode()

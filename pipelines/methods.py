@@ -53,6 +53,7 @@ def _variant(model: LabelAnything, config: EvaluateConfig) -> Method:
 
 
 def load_checkpoint(config: EvaluateConfig, store: FeatureStore, device: torch.device) -> tuple[LabelAnything, str]:
+    """The model of `config.checkpoint`, or of the fold's last run, and its name; raises as `find_method` does."""
     path = config.checkpoint or latest_run(config, store.key)
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():

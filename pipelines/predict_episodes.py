@@ -75,9 +75,10 @@ class SharedWork:
         embeddings = self.model.embed(batch, rows)
         counts = [1 + len(key[1]) for key in missing]  # background first, then the pairs as in the episode
         self._embedded |= dict(zip(missing, embeddings.split(counts), strict=True))
-        # what this batch needs stays
-        for key in [key for key in self._embedded if key not in set(keys)][: len(self._embedded) - MOST_SUPPORTS]:
-            del self._embedded[key]
+        if (excess := len(self._embedded) - MOST_SUPPORTS) > 0:
+            needed = set(keys)
+            for key in [key for key in self._embedded if key not in needed][:excess]:
+                del self._embedded[key]
 
     def _through_neck(self, images: Sequence[int]) -> Tensor:
         missing = [i for i in dict.fromkeys(images) if i not in self._queries]

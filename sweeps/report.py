@@ -17,9 +17,9 @@ from sweeps import plots
 from sweeps.plan import plan_sweep
 from sweeps.runner import SweepResult
 from sweeps.studies import STUDIES
-from sweeps.study import Study
+from sweeps.study import Study, task_title
 from sweeps.tables import Table, scores_of
-from sweeps.trial import FoldResult, read_result
+from sweeps.trial import read_result
 
 GAPS = ("not run", "failed")
 
@@ -120,21 +120,14 @@ def _plots(study: Study, result: SweepResult) -> list[Markup]:
     if any(curves.values()):
         drawn.append(plots.curves(curves))
     per_class = {
-        name.split("/")[0]: _first(one)
+        name.split("/")[0]: one.scores[0].per_class
         for name, one in result.results.items()
         if one.fold == result.config.folds[0] and one.scores
     }
     if per_class:
-        drawn.append(plots.bars(per_class, f"IoU in %, fold {result.config.folds[0]}, {_task(result)}"))
+        task = task_title(result.config.ways[0], result.config.shots[0])
+        drawn.append(plots.bars(per_class, f"IoU in %, fold {result.config.folds[0]}, {task}"))
     return drawn
-
-
-def _first(result: FoldResult) -> dict[str, float]:
-    return result.scores[0].per_class
-
-
-def _task(result: SweepResult) -> str:
-    return f"{result.config.ways[0]}-way {result.config.shots[0]}-shot"
 
 
 def _gallery(result: SweepResult) -> list[tuple[str, str]]:

@@ -14,6 +14,11 @@ Task = tuple[int, int]  # ways, shots
 Paper = Mapping[Task, float | tuple[float, ...]]  # mIoU in percent; a tuple has one number a fold
 
 
+def task_title(ways: int, shots: int) -> str:
+    """Such as "5-way 1-shot"."""
+    return f"{ways}-way {shots}-shot"
+
+
 @dataclass(frozen=True)
 class Variant:
     """One row of a study: a name for files and commands, a title for tables, what differs from the complete model."""

@@ -12,7 +12,7 @@ import rich.table
 from rich.console import Console
 from rich.text import Text
 
-from sweeps.study import Paper, Task
+from sweeps.study import Paper, Task, task_title
 from sweeps.trial import Score, last_line
 
 if TYPE_CHECKING:
@@ -76,11 +76,11 @@ def task_table(result: "SweepResult", name: str, title: str, rows: Sequence[Row]
     columns, cells = [], [[row[0]] for row in rows]
     for task in tasks:
         printed = [paper_number(row[3], task, config.folds) for row in rows]
-        columns.append(_name(task))
+        columns.append(task_title(*task))
         for cell, (_, variant, prompt, _) in zip(cells, rows, strict=True):
             cell.append(_measured(result, variant, task, prompt))
         if any(number is not None for number in printed):
-            columns += [f"paper {_name(task)}", f"difference {_name(task)}"]
+            columns += [f"paper {task_title(*task)}", f"difference {task_title(*task)}"]
             for cell, (_, variant, prompt, _), number in zip(cells, rows, printed, strict=True):
                 cell += _beside(mean_of(scores_of(result, variant, task, prompt)), number)
     spread = "folds" if len(config.folds) > 1 else "seeds"
@@ -109,7 +109,7 @@ def fold_table(result: "SweepResult", name: str, task: Task) -> Table:
         *_failures(result),
     )
     columns = ("", *folds, "mean", "paper", "difference")
-    return Table(name, f"Table {number}: {_name(task)}", columns, tuple(cells), notes)
+    return Table(name, f"Table {number}: {task_title(*task)}", columns, tuple(cells), notes)
 
 
 def scores_of(result: "SweepResult", variant: str, task: Task, prompt: str = "mask") -> list[Score]:
@@ -177,7 +177,3 @@ def _setting(result: "SweepResult") -> str:
 
 def _failures(result: "SweepResult") -> list[str]:
     return [f"{name} failed: {last_line(reason)}" for name, reason in result.failed.items()]
-
-
-def _name(task: Task) -> str:
-    return f"{task[0]}-way {task[1]}-shot"

@@ -14,7 +14,7 @@ from pydantic import Field
 from la.errors import InputError, TooFewImages
 from pipelines.config import EvaluateConfig, Prompt, Settings, TrainConfig
 from pipelines.workspace import digest, write_text
-from sweeps.study import Variant
+from sweeps.study import Variant, task_title
 
 Report = Callable[[dict], None]
 REPORT_SECONDS = 1.0  # between reports of an evaluation
@@ -133,7 +133,7 @@ def run_trial(job: Job, report: Report, train: Callable | None = None, evaluate:
 
 def task_name(ways: int, shots: int, prompt: str) -> str:
     """Such as "5-way 1-shot mask"."""
-    return f"{ways}-way {shots}-shot {prompt}"
+    return f"{task_title(ways, shots)} {prompt}"
 
 
 def read_result(file: Path) -> FoldResult | None:
