@@ -28,14 +28,16 @@ def score_episode(prediction: Tensor, truth: Tensor, classes: Sequence[int]) -> 
 
     A confusion of two classes is a miss of one and a false alarm of the other.
     """
-    # comparisons of bytes: a table of pairs by bincount takes ten times as long
-    said = prediction.to(torch.uint8).masked_fill(truth == IGNORED, IGNORED)
+    # comparisons of bytes, counted by numpy: torch's sum of booleans takes six times as long
+    said, shown = prediction.to(torch.uint8).numpy(), truth.numpy()
+    known = shown != IGNORED
 
-    def counts(shown_here: Tensor, said_here: Tensor) -> tuple[int, int]:
-        return int((shown_here & said_here).sum()), int((shown_here | said_here).sum())
+    def counts(shown_here: np.ndarray, said_here: np.ndarray) -> tuple[int, int]:
+        hits = np.count_nonzero(shown_here & said_here)
+        return hits, np.count_nonzero(shown_here) + np.count_nonzero(said_here) - hits
 
-    slots = [counts(truth == slot, said == slot) for slot in range(len(classes) + 1)]
-    foreground = counts((truth > 0) & (truth != IGNORED), (said > 0) & (said != IGNORED))
+    slots = [counts(shown == slot, (said == slot) & known) for slot in range(len(classes) + 1)]
+    foreground = counts((shown > 0) & known, (said > 0) & known)
     return EpisodeScore(tuple(classes), tuple(slots[1:]), foreground, slots[0])
 
 

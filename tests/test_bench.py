@@ -42,4 +42,5 @@ def test_the_model_is_measured_packed_and_dense(tmp_path, tiny_weights):
     assert query.ratio > 0
     evaluated = bench_evaluate(store, "debug", episodes=12)
     assert evaluated.details["episodes"] == 12
+    assert 1 <= evaluated.details["distinct"] <= 12
     assert evaluated.ratio > 0

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from la.baselines import BASELINES
 from la.errors import InputError
 from la.folds import fold_classes
 from la.metrics import FewShotIoU
@@ -18,7 +19,7 @@ from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.episodes import draw, ensure_episodes, evaluation_plan, training_plan
-from pipelines.evaluate import evaluate, extremes_of
+from pipelines.evaluate import evaluate, extremes_of, score
 from pipelines.featurize import featurize
 from pipelines.methods import find_method, latest_run
 from pipelines.official import import_official
@@ -224,6 +225,26 @@ def test_evaluation_gives_the_same_bits_again_and_about_the_same_one_by_one(work
     apart = evaluate(config)
     assert apart.miou == pytest.approx(together.miou, abs=0.05)
     assert apart.episodes_digest == together.episodes_digest
+
+
+def test_an_episode_drawn_again_is_predicted_once_and_counts_every_time(workspace):
+    store = FeatureStore(next((workspace / "features").iterdir()))
+    builder, cpu = BatchBuilder(store, "val"), torch.device("cpu")
+    predict = predictor(BASELINES["prototype"], builder, cpu)
+    shards = ensure_episodes(evaluation_plan(EvaluateConfig(workspace=workspace, episodes=9, seeds=1), 0), store)
+
+    class Twice:
+        manifest = shards.manifest
+
+        def __iter__(self):
+            return (episode._replace(index=i) for i, episode in enumerate([*shards, *shards]))
+
+    predicted, progress = [], []
+    once = score(predict, shards, builder, cpu)
+    twice = score(lambda drawn: predicted.extend(drawn) or predict(drawn), Twice(), builder, cpu, None, progress.append)
+    assert twice.episodes == 2 * once.episodes
+    assert len(predicted) == len({episode._replace(index=0) for episode in shards})
+    assert progress[-1] == 18
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
