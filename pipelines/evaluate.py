@@ -19,7 +19,7 @@ from pipelines.predict_episodes import Predict, predictor
 from pipelines.store import FeatureStore
 from pipelines.workspace import Workspace, digest
 
-SUPPORTS_AT_ONCE = 8  # with 16 the decoder takes a fifth longer for each episode on a CPU
+SUPPORTS_AT_ONCE = 8  # with 16 an episode takes a quarter longer to predict on one CPU thread
 
 
 @dataclass(frozen=True)
