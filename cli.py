@@ -52,8 +52,11 @@ BatchScaleOption = Annotated[
     float, typer.Option("--batch-scale", help="Times B in the recipe's (B, N, K); 0.5 halves memory and time.")
 ]
 RecipeOption = Annotated[
-    Literal["small", "paper", "official"],
-    typer.Option(help="Training settings that belong together: for a few hundred photos, the paper's, the released."),
+    Literal["small", "paper", "official", "hybrid"] | None,
+    typer.Option(
+        help="Training settings that belong together: for a few hundred photos (the default; of the hybrid preset, its "
+        "own), the paper's, the released."
+    ),
 ]
 LrOption = Annotated[float | None, typer.Option(help="Learning rate after warm-up; default: the recipe's.")]
 PromptOption = Annotated[
@@ -230,11 +233,13 @@ def train(
         float | None, typer.Option(help="Instead of --steps; one epoch is as many episodes as training photos.")
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop at the first checkpoint after this long.")] = None,
-    recipe: RecipeOption = "small",
+    recipe: RecipeOption = None,
     lr: LrOption = None,
     batch_scale: BatchScaleOption = 1.0,
     val_every: Annotated[int, typer.Option(min=1, help="Steps between validations on seen classes.")] = 250,
-    preset: Annotated[str, typer.Option(help="paper (1.4 M parameters), official (10.1 M) or debug (tiny).")] = "paper",
+    preset: Annotated[
+        str, typer.Option(help="paper (1.4 M parameters), official (10.1 M), hybrid (matching maps) or debug (tiny).")
+    ] = "paper",
     dim: Annotated[int | None, typer.Option(help="D, channels after the neck; default the preset's.")] = None,
     token_pool: Annotated[bool, typer.Option(help="The token pool.")] = True,
     mixer: Annotated[bool, typer.Option(help="The class-example mixer.")] = True,
@@ -279,7 +284,13 @@ def train(
             workers=workers,
             steps=steps,
             minutes=minutes,
-            **of_recipe(recipe, batch_scale, lr=lr, class_weights=class_weights, warmup_steps=warmup_steps),
+            **of_recipe(
+                recipe or ("hybrid" if preset == "hybrid" else "small"),
+                batch_scale,
+                lr=lr,
+                class_weights=class_weights,
+                warmup_steps=warmup_steps,
+            ),
             val_every=val_every,
             preset=preset,
             dim=dim,
@@ -465,15 +476,15 @@ def ui(
 
 @app.command()
 def model(
-    preset: Annotated[str, typer.Option(help="paper, official or debug.")] = "paper",
+    preset: Annotated[str, typer.Option(help="paper, official, hybrid or debug.")] = "paper",
     channels: Annotated[int, typer.Option(help="Channels of the backbone; 768 for ViT-B.")] = 768,
 ) -> None:
     """Print the learnable parameters of a preset, part by part."""
     with mistakes():
-        from la.model import LabelAnything
+        from la.model import build
         from la.model import preset as config_of
 
-        parts = LabelAnything(config_of(preset, channels=channels)).parameter_table()
+        parts = build(config_of(preset, channels=channels)).parameter_table()
         table = Table("part", "parameters", title=f"{preset}, {channels} backbone channels")
         for name, size in parts.items():
             table.add_row(name, f"{size:,}")
@@ -534,7 +545,7 @@ def add_study(study: Study) -> None:
         folds: FoldsOption = commas(study.folds),
         steps: Annotated[int, typer.Option(min=1, help="Training steps of each variant.")] = 2000,
         minutes: Annotated[float | None, typer.Option(help="Stop each training after this long.")] = None,
-        recipe: RecipeOption = "small",
+        recipe: RecipeOption = None,
         lr: LrOption = None,
         batch_scale: BatchScaleOption = 1.0,
         dim: Annotated[int | None, typer.Option(help="Channels after the neck; default: the preset's.")] = None,
@@ -566,7 +577,8 @@ def add_study(study: Study) -> None:
                 study=study.name,
                 folds=numbers(folds, "--folds"),
                 variants=variants.split(",") if variants else None,
-                train={"steps": steps, "minutes": minutes, "dim": dim} | of_recipe(recipe, batch_scale, lr=lr),
+                train={"steps": steps, "minutes": minutes, "dim": dim}
+                | of_recipe(recipe or "small", batch_scale, lr=lr),
                 ways=numbers(ways, "--ways"),
                 shots=numbers(shots, "--shots"),
                 prompts=study.prompts,

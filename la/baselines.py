@@ -19,11 +19,23 @@ EPSILON = 1e-6  # probabilities are kept so far from 0 and 1, where log odds are
 
 
 def prompt_coverage(batch: EpisodeBatch) -> Tensor:
-    """(P, h, w) in 0..1: how much of each feature cell the prompts of a pair cover; zeros for background pairs.
+    """(P, h, w) in 0..1: how much of each feature cell the prompts of a pair cover; zeros for background pairs."""
+    grid = batch.support.shape[1:3]
+    covered = torch.maximum(box_coverage(batch, grid), point_coverage(batch, grid, label=1))
+    return torch.maximum(covered, mask_coverage(batch, grid))
 
-    A mask counts by its share of the cell, a box covers the cells whose centres it holds, a point the cell it is in.
-    """
-    h, w = batch.support.shape[1:3]
+
+def mask_coverage(batch: EpisodeBatch, grid: tuple[int, int]) -> Tensor:
+    """(P, h, w) in 0..1: the share of each cell that the pair's mask covers."""
+    coverage = torch.zeros(len(batch.pair_support), *grid, device=batch.support.device)
+    if len(batch.masks):
+        coverage[batch.mask_pair] = F.interpolate(batch.masks[:, None].float(), tuple(grid), mode="area")[:, 0]
+    return coverage
+
+
+def box_coverage(batch: EpisodeBatch, grid: tuple[int, int]) -> Tensor:
+    """(P, h, w): 1 for the cells whose centres lie in a box of the pair."""
+    h, w = grid
     device = batch.support.device
     coverage = torch.zeros(len(batch.pair_support), h, w, device=device)
     y = ((torch.arange(h, device=device) + 0.5) / h)[:, None]
@@ -32,12 +44,17 @@ def prompt_coverage(batch: EpisodeBatch) -> Tensor:
         x0, y0, x1, y1 = batch.boxes[:, k, :, None, None].unbind(1)
         inside = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
         coverage = torch.maximum(coverage, (inside & batch.box_valid[:, k, None, None]).float())
-    pair, point = (batch.point_labels == 1).nonzero(as_tuple=True)
+    return coverage
+
+
+def point_coverage(batch: EpisodeBatch, grid: tuple[int, int], label: int) -> Tensor:
+    """(P, h, w): 1 for the cells that hold a point of the pair with this label, 1 inside the object, 0 outside."""
+    h, w = grid
+    device = batch.support.device
+    coverage = torch.zeros(len(batch.pair_support), h, w, device=device)
+    pair, point = (batch.point_labels == label).nonzero(as_tuple=True)
     column, row = (batch.points[pair, point] * torch.tensor([w, h], device=device)).long().unbind(-1)
     coverage[pair, row.clamp(0, h - 1), column.clamp(0, w - 1)] = 1
-    if len(batch.masks):
-        pooled = F.interpolate(batch.masks[:, None].float(), (h, w), mode="area")[:, 0]
-        coverage[batch.mask_pair] = torch.maximum(coverage[batch.mask_pair], pooled)
     return coverage
 
 

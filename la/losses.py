@@ -1,7 +1,8 @@
-"""Focal loss with class weights (paper section 5.2)."""
+"""Focal loss with class weights (paper section 5.2), and a loss for the IoU that methods are judged by."""
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from la.coco import IGNORED
 
@@ -39,3 +40,23 @@ def focal_loss(logits: Tensor, truth: Tensor, gamma: float = 2.0, class_weights:
         weight = counted * of_class.gather(1, flat).view_as(loss)
     over = weight if class_weights == "inverse" else counted
     return ((loss * weight).sum((1, 2)) / over.sum((1, 2)).clamp(min=1)).mean()
+
+
+def iou_loss(logits: Tensor, truth: Tensor, slots: Tensor, likelihood: float = 0.3) -> Tensor:
+    """1 - the mean soft IoU of an episode's classes, plus `likelihood` x the cross entropy of its pixels.
+
+    logits (B, C, H, W), truth (B, H, W) long with IGNORED pixels left out, slots (B, C) bool. Classes count alike
+    whatever their size, and the background only through the pixels that classes wrongly take. A class that the query
+    does not show costs what is predicted of it.
+    """
+    counted = (truth != IGNORED)[:, None]
+    target = truth.masked_fill(~counted[:, 0], 0)
+    entropy = (F.cross_entropy(logits.float(), target, reduction="none") * counted[:, 0]).mean()
+    predicted = logits.float().softmax(1) * counted
+    true = F.one_hot(target, logits.shape[1]).movedim(-1, 1) * counted
+    both = (predicted * true).sum((2, 3))[:, 1:]
+    either = (predicted + true).sum((2, 3))[:, 1:] - both
+    few = truth[0].numel() / 720  # pixels that keep a class of none or of very few from counting in full
+    iou = (both + few) / (either + few)
+    shown = slots[:, 1:]
+    return likelihood * entropy + 1 - ((iou * shown).sum(1) / shown.sum(1)).mean()

@@ -1,7 +1,7 @@
 """Label Anything from backbone features to logits (paper section 4, figure 1)."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from la.attention import LayerNorm2d
 from la.batch import EpisodeBatch, Pairs, dense_grid
 from la.decoder import MaskDecoder
 from la.errors import InputError
+from la.hybrid import Hybrid, HybridConfig
 from la.prompts import PromptEncoder
 from la.prototypes import ClassExampleMixer, ImagePromptFusion, TwoWayFusion
 
@@ -43,15 +44,26 @@ class ModelConfig:
 PRESETS = {
     "paper": ModelConfig(),
     "official": ModelConfig(two_way_ffn=2048, block_ffn=2048, mask_px=256),
+    "hybrid": HybridConfig(),
     "debug": ModelConfig(dim=32),
 }
 
 
-def preset(name: str, **changes) -> ModelConfig:
-    """The config of that preset with `changes`. Raises InputError for an unknown name."""
+def preset(name: str, **changes) -> ModelConfig | HybridConfig:
+    """The config of that preset with `changes`. Raises InputError for an unknown name and for parts it has not."""
     if name not in PRESETS:
         raise InputError(f"--preset {name} is unknown. Choose one of {', '.join(PRESETS)}.")
+    unknown = sorted(changes.keys() - {field.name for field in fields(PRESETS[name])})
+    if unknown:
+        raise InputError(
+            f"--preset {name} has no setting {', '.join(unknown)}. Leave it out, or choose another preset."
+        )
     return replace(PRESETS[name], **changes)
+
+
+def build(config: ModelConfig | HybridConfig) -> "LabelAnything | Hybrid":
+    """A model of random weights."""
+    return Hybrid(config) if isinstance(config, HybridConfig) else LabelAnything(config)
 
 
 class Neck(nn.Sequential):
@@ -140,16 +152,18 @@ class LabelAnything(nn.Module):
         return {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
 
 
-def save_state(model: LabelAnything) -> dict:
-    """What rebuilds the model: its config and its state dict on the CPU."""
+def save_state(model: LabelAnything | Hybrid) -> dict:
+    """What rebuilds the model: its kind, its config and its state dict on the CPU."""
     return {
+        "kind": "hybrid" if isinstance(model, Hybrid) else "la",
         "config": asdict(model.config),
         "state": {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()},
     }
 
 
-def load_state(saved: dict) -> LabelAnything:
+def load_state(saved: dict) -> LabelAnything | Hybrid:
     """The inverse of `save_state`."""
-    model = LabelAnything(ModelConfig(**saved["config"]))
+    kind = HybridConfig if saved.get("kind") == "hybrid" else ModelConfig
+    model = build(kind(**saved["config"]))
     model.load_state_dict(saved["state"])
     return model

@@ -49,6 +49,10 @@ class BatchBuilder:
         labels = torch.from_numpy(label_map(self.dataset, episode.query, episode.classes))
         return labels if size is None else F.interpolate(labels[None, None], size, mode="nearest-exact")[0, 0]
 
+    def coverage(self, image_id: int, annotation_ids: tuple[int, ...]) -> Tensor:
+        """(h, w) in 0..1: the share of each feature cell that the instances cover."""
+        return F.interpolate(self._mask(image_id, annotation_ids)[None, None], self.store.info.grid, mode="area")[0, 0]
+
     def _size(self, image_id: int) -> tuple[int, int]:
         image = self.dataset.images[image_id]
         return image.height, image.width

@@ -14,6 +14,7 @@ Prompt = Literal["mask", "point", "box", "point_box", "mixed"]
 # (B, N, K) of a training batch on one worker (section 5.2)
 PAPER_BATCHES = ((4, 1, 4), (2, 4, 2), (8, 1, 2), (4, 2, 2), (4, 4, 1), (16, 1, 1))
 OFFICIAL_BATCHES = ((2, 1, 4), (2, 4, 2), (2, 1, 2), (4, 2, 2), (4, 4, 1), (16, 1, 1))
+HYBRID_BATCHES = ((16, 1, 1), (8, 2, 1), (4, 4, 1), (4, 1, 4))
 # Settings that belong together; those that are given win over the recipe's.
 RECIPES: dict[str, dict[str, Any]] = {
     "small": {},  # the defaults below, found on a few hundred photos
@@ -32,6 +33,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "schedule": "constant",
         "class_weights": "log_batch",
         "ema": 0.0,
+    },
+    "hybrid": {  # of the hybrid preset, found on a few hundred photos
+        "batches": HYBRID_BATCHES,
+        "lr": 1e-3,
+        "warmup_steps": 30,
+        "loss": "iou",
+        "flips": True,
+        "ema": 0.98,
     },
 }
 PROMPTS: tuple[Prompt, ...] = ("mask", "point", "box", "point_box")  # of the paper's table 6
@@ -72,12 +81,17 @@ class TrainConfig(Settings):
     classes: Literal["seen", "all"] = "seen"  # all: a generalist, which the test classes are not new to (table 4)
     seed: int = 0
     # model: switches of la.model.ModelConfig
-    preset: str = "paper"  # or "official", "debug"
+    preset: str = "paper"  # or "official", "hybrid", "debug"
     dim: int | None = None  # D, channels after the neck; None: the preset's
     token_pool: bool = True
     class_example_mixer: bool = True
     spatial_convs: bool = True
-    recipe: Literal["small", "paper", "official"] = "small"  # sets what is not given, see RECIPES
+    match_prototypes: bool = True  # of la.hybrid.HybridConfig, as all to drop_maps
+    match_affinity: bool = True
+    object_metric: bool = True
+    objectness: int | None = Field(None, ge=0)  # channels of the shared view of the query; None: the preset's
+    drop_maps: float | None = Field(None, ge=0, lt=1)  # share of matching maps left out at random; None: the preset's
+    recipe: Literal["small", "paper", "official", "hybrid"] = "small"  # sets what is not given, see RECIPES
     # data
     batches: tuple[tuple[int, int, int], ...] = PAPER_BATCHES  # (B, N, K), one drawn for each step
     prompts: tuple[Literal["mask", "point", "box"], ...] = Field(("mask", "point", "box"), min_length=1)
@@ -88,7 +102,9 @@ class TrainConfig(Settings):
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(100, ge=0)
     schedule: Schedule = "cosine"  # after warm-up, changed at every step
+    loss: Literal["focal", "iou"] = "focal"  # see la.losses
     gamma: float = Field(2.0, ge=0)  # focal loss exponent
+    flips: bool = False  # mirror the query's features at every second step
     ema: float = Field(0.99, ge=0, lt=1)  # decay per step of the moving average of weights that is validated and kept
     # how pixels of a class weigh, see la.losses
     class_weights: Literal["inverse", "log", "log_batch", "none"] = "inverse"
@@ -106,7 +122,10 @@ class TrainConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _follow_recipe(cls, given: Any) -> Any:
-        return RECIPES.get(given.get("recipe"), {}) | given if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        recipe = given.get("recipe") or ("hybrid" if given.get("preset") == "hybrid" else "small")
+        return RECIPES.get(recipe, {}) | given | {"recipe": recipe}
 
     @property
     def run_name(self) -> str:

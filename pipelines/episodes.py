@@ -106,6 +106,12 @@ def pool_of(plan: Plan, store: FeatureStore) -> Pool:
     return _pool(store, plan.split, plan.fold, plan.classes, plan.fold_lists, plan.min_area)
 
 
+def pool_of_shards(shards: "EpisodeShards", store: FeatureStore) -> Pool:
+    """The images and classes that written episodes were drawn from."""
+    plan = shards.manifest["plan"]
+    return _pool(store, plan["split"], plan["fold"], plan["classes"], plan["fold_lists"], plan["min_area"])
+
+
 def draw(plan: Plan, store: FeatureStore, group: int, start: int, stop: int) -> list[Episode]:
     """Episodes start..stop-1 of a group; raises InputError where classes or images are too few."""
     pool = pool_of(plan, store)

@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,13 +14,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from la.batch import EpisodeBatch
 from la.device import autocast, pick_device
-from la.losses import focal_loss
-from la.model import LabelAnything, ModelConfig, preset, save_state
+from la.hybrid import Hybrid, HybridConfig
+from la.losses import focal_loss, iou_loss
+from la.model import LabelAnything, ModelConfig, build, preset, save_state
 from la.schedules import factor
 from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.episodes import EpisodeShards, Plan, ensure_episodes, evaluation_plan, training_plan
 from pipelines.evaluate import score
+from pipelines.objects import fit_matching
 from pipelines.predict_episodes import predictor
 from pipelines.store import FeatureStore
 from pipelines.workspace import Workspace, locked, write_text, write_whole
@@ -88,10 +90,26 @@ def steps_of_epochs(config: TrainConfig, epochs: float) -> int:
     return max(1, round(epochs * len(store.image_ids("train")) / per_step))
 
 
-def model_config(config: TrainConfig, channels: int) -> ModelConfig:
-    switches = ("token_pool", "class_example_mixer", "spatial_convs")
-    changes = {name: getattr(config, name) for name in switches} | ({"dim": config.dim} if config.dim else {})
-    return preset(config.preset, channels=channels, **changes)
+SWITCHES = (
+    "token_pool",
+    "class_example_mixer",
+    "spatial_convs",
+    "match_prototypes",
+    "match_affinity",
+    "object_metric",
+    "objectness",
+    "drop_maps",
+    "dim",
+)
+
+
+def model_config(config: TrainConfig, channels: int) -> ModelConfig | HybridConfig:
+    """Raises InputError for a switch of a part that the preset has not."""
+    own = preset(config.preset)
+    settings = {name: getattr(config, name) for name in SWITCHES}
+    # what is not given, or given as it is anyway, says nothing: a preset need not know it
+    given = {k: v for k, v in settings.items() if v is not None and (v is not True or hasattr(own, k))}
+    return preset(config.preset, channels=channels, **given)
 
 
 def validation_plan(config: TrainConfig) -> Plan:
@@ -115,7 +133,9 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
     device = pick_device(config.device)
 
     torch.manual_seed(config.seed)
-    plain = LabelAnything(shape).to(device)
+    plain = build(shape).to(device)
+    if isinstance(plain, Hybrid) and not (run_dir / "last.pt").exists():
+        fit_matching(plain.matching, store, shards)
     optimiser = torch.optim.AdamW(plain.parameters(), config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: factor(config.schedule, step, config.warmup_steps, config.steps)
@@ -141,12 +161,17 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
     while not done:
         batch, truth = next(batches)
         batch, truth = batch.to(device), truth.to(device, non_blocking=True)
+        if config.flips and at["step"] % 2:
+            batch, truth = replace(batch, query=batch.query.flip(2)), truth.flip(-1)
         # by an episode's place in the step, over all ranks: the number of workers changes nothing
         first = worker.rank * len(truth)
         seeds = [_number(config.seed, at["step"], first + b) for b in range(len(truth))]
         with autocast(device):
             logits = model(batch, seeds)
-        loss = focal_loss(logits, truth, config.gamma, config.class_weights)
+        if config.loss == "iou":
+            loss = iou_loss(logits, truth, batch.slots)
+        else:
+            loss = focal_loss(logits, truth, config.gamma, config.class_weights)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -222,7 +247,7 @@ def read_ahead(
             yield ahead.pop(0).result()
 
 
-def checkpoint(model: LabelAnything, config: TrainConfig, store: FeatureStore, step: int) -> dict:
+def checkpoint(model: LabelAnything | Hybrid, config: TrainConfig, store: FeatureStore, step: int) -> dict:
     """What evaluation and prediction need: the model, the fold it has not seen, the features it was trained on."""
     origin = {"fold": config.fold, "store": store.key, "step": step, "train_config": config.model_dump_json()}
     return save_state(model) | origin

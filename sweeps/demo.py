@@ -62,9 +62,14 @@ def run_demo(root: Path, console: Console, size: DemoSize | None = None) -> tupl
     train = TrainConfig(workspace=workspace.root, store=store.key, **size.train)
     shards = ensure_episodes(training_plan(train), store)
     console.print(f"{shards.manifest['episodes']} training episodes of {len(shards.manifest['classes_drawn'])} classes")
-    say("4. sweep: four variants of the heads and the training-free prototype, in parallel on Ray")
+    say("4. sweep: four variants of the heads, the hybrid and the training-free prototype, in parallel on Ray")
     sweep = SweepConfig(
-        workspace=workspace.root, store=store.key, train=size.train, seeds=size.seeds, episodes=size.episodes
+        workspace=workspace.root,
+        store=store.key,
+        variants=("complete", "no_spatial_convs", "no_mixer", "no_token_pool", "hybrid", "prototype"),
+        train=size.train,
+        seeds=size.seeds,
+        episodes=size.episodes,
     )
     result = run_sweep(sweep, console, command=f"python cli.py demo --workspace {workspace.root}")
     if "complete/fold0" not in result.results:

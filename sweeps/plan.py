@@ -87,7 +87,10 @@ def _job(config: SweepConfig, variant: Variant, fold: int, folder: Path) -> Job:
 
 
 def _train_config(config: SweepConfig, variant: Variant, fold: int, place: dict) -> TrainConfig:
-    for field in config.train:
+    train = dict(config.train)
+    if "recipe" in variant.overrides:  # a model of another kind, of other sizes, with settings of its own
+        train = {name: value for name, value in train.items() if name not in ("recipe", "batches", "lr", "dim")}
+    for field in train:
         # a variant's own learning rate is a default: one that is given wins
         reserved = field in SET_BY_SWEEP or (field in variant.overrides and field != "lr")
         if reserved or field not in TrainConfig.model_fields:
@@ -95,11 +98,11 @@ def _train_config(config: SweepConfig, variant: Variant, fold: int, place: dict)
             choices = sorted(set(TrainConfig.model_fields) - SET_BY_SWEEP)
             raise InputError(f"Training setting {field!r} is {reason}. Choose from {', '.join(choices)}.")
     overrides = dict(variant.overrides)
-    if "lr" in config.train or config.train.get("recipe", "small") != "small":
+    if "lr" in train or train.get("recipe", "small") != "small":
         overrides.pop("lr", None)
     try:
         lists = protocol_of(config.protocol).folds
-        return TrainConfig(**place, **(config.train | overrides), fold=fold, fold_lists=lists)
+        return TrainConfig(**place, **(train | overrides), fold=fold, fold_lists=lists)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))

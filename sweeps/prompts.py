@@ -1,7 +1,7 @@
 """Table 6: kinds of prompt at evaluation."""
 
 from pipelines.config import PROMPTS, Prompt
-from sweeps.study import COMPLETE, Study, Task
+from sweeps.study import COMPLETE, HYBRID, Study, Task
 from sweeps.tables import Table, task_table
 
 TITLES: dict[Prompt, str] = {"mask": "masks", "point_box": "boxes and points", "box": "boxes", "point": "points"}
@@ -15,10 +15,16 @@ PAPER: dict[Prompt, dict[Task, float]] = {
 
 
 def prompt_table(result) -> list[Table]:
-    """Prompt kind by task, of the complete model; nothing where the sweep has no such variant."""
-    if not any(v.name == COMPLETE.name for v in result.variants):
+    """Prompt kind by task, of the complete model and of the hybrid; nothing where the sweep has neither."""
+    prompts = [p for p in TITLES if p in result.config.prompts]
+    rows = []
+    for variant in result.variants:
+        if variant.name == COMPLETE.name:
+            rows += [(TITLES[p], variant.name, p, PAPER[p]) for p in prompts]
+        elif variant.name == HYBRID.name:
+            rows += [(f"hybrid: {TITLES[p]}", variant.name, p, {}) for p in prompts]
+    if not rows:
         return []
-    rows = [(TITLES[p], COMPLETE.name, p, PAPER[p]) for p in TITLES if p in result.config.prompts]
     note = "paper: COCO-20i, mean of four folds"
     return [task_table(result, "table6", "Table 6: prompts at evaluation", rows, note)]
 
@@ -26,7 +32,7 @@ def prompt_table(result) -> list[Table]:
 PROMPT_STUDY = Study(
     "prompts",
     "Table 6: masks, boxes and points as prompts at evaluation.",
-    (COMPLETE,),
+    (COMPLETE, HYBRID),
     prompt_table,
     folds=(0, 1, 2, 3),
     shots=(1, 5),

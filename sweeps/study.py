@@ -51,6 +51,8 @@ class Study:
 COMPLETE = Variant("complete", "LA, paper preset")
 # The released model is larger: the learning rate that suits few photos is lower than the paper preset's.
 OFFICIAL = Variant("official", "LA, official preset", {"preset": "official", "lr": 1e-4})
+# It has a recipe of its own, batches included.
+HYBRID = Variant("hybrid", "LA, hybrid preset", {"preset": "hybrid", "recipe": "hybrid"})
 
 
 def baseline(method: str, title: str, paper: Paper | None = None) -> Variant:

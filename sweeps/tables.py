@@ -5,7 +5,7 @@ import io
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import rich.table
@@ -17,6 +17,7 @@ from sweeps.trial import Score, last_line
 
 if TYPE_CHECKING:
     from sweeps.runner import SweepResult
+    from sweeps.study import Variant
 
 TOO_FEW = "too few images"
 Row = tuple[str, str, str, Paper]  # title, variant, prompt, the paper's numbers
@@ -57,6 +58,11 @@ class Table:
         console = Console(file=io.StringIO(), width=160, color_system=None)
         console.print(self.rich())
         return console.file.getvalue()
+
+
+def of_variants(result: "SweepResult", variants: "Sequence[Variant]") -> "SweepResult":
+    """The result with only these of its variants."""
+    return replace(result, variants=tuple(v for v in result.variants if v in variants))
 
 
 def by_task(result: "SweepResult", name: str, title: str, note: str, paper: bool = True) -> Table:

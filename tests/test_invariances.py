@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from la.batch import dense_grid, pack
 from la.episodes import Episode, Pair
-from la.model import LabelAnything, preset
+from la.model import LabelAnything, build, preset
 from tests.plain_model import plain_logits
 
 GRID, CHANNELS, SIZE = (5, 5), 12, (100, 200)
@@ -60,30 +60,46 @@ def episodes(draw):
     return Episode(0, tuple(range(classes)), 900 + first, tuple(range(first, first + supports)), tuple(pairs))
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def model(request):
+def untrained(config):
     torch.manual_seed(0)
-    model = LabelAnything(MODELS[request.param]).double().eval()
+    model = build(config).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))  # biases and norms are trivial at first
     return model
 
 
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return untrained(MODELS[request.param])
+
+
+@pytest.fixture(scope="module", params=[*MODELS, "hybrid"])
+def either(request):
+    """LA or the hybrid, whose matching is fitted to objects of three classes."""
+    if request.param in MODELS:
+        return untrained(MODELS[request.param])
+    hybrid = untrained(preset("hybrid", channels=CHANNELS))
+    objects = F.normalize(features(range(9)).flatten(1, 2).mean(1), dim=-1)
+    hybrid.matching.metric.fit(objects, torch.arange(9) % 3)
+    hybrid.matching.completion.point.fill_(0.3)  # of random features none are near 1
+    return hybrid
+
+
 @examples
 @given(episodes(), st.data())
-def test_permuting_classes_permutes_logits(model, episode, data):
+def test_permuting_classes_permutes_logits(either, episode, data):
     order = data.draw(st.permutations(range(len(episode.classes))))
     pairs = tuple(p._replace(slot=order.index(p.slot)) for p in episode.pairs)
     permuted = episode._replace(classes=tuple(episode.classes[i] for i in order), pairs=pairs)
     slots = [0, *(1 + i for i in order)]
-    expected = model(packed(episode))[:, slots]
-    pool = model.prompt_encoder.pool
+    expected = either(packed(episode))[:, slots]
+    pool = either.prompt_encoder.pool if isinstance(either, LabelAnything) else None
     kept = None if pool is None else pool.rows.data.clone()
     if pool is not None:
         pool.rows.data[: len(slots)] = kept[slots]
     try:
-        torch.testing.assert_close(model(packed(permuted)), expected, **TOLERANCE)
+        torch.testing.assert_close(either(packed(permuted)), expected, **TOLERANCE)
     finally:
         if pool is not None:
             pool.rows.data.copy_(kept)
@@ -91,8 +107,8 @@ def test_permuting_classes_permutes_logits(model, episode, data):
 
 @examples
 @given(episodes(), episodes())
-def test_batch_mates_and_the_padding_they_bring_change_nothing(model, episode, mate):
-    alone, together = model(packed(episode)), model(packed(episode, mate))
+def test_batch_mates_and_the_padding_they_bring_change_nothing(either, episode, mate):
+    alone, together = either(packed(episode)), either(packed(episode, mate))
     slots = len(episode.classes) + 1
     torch.testing.assert_close(together[:1, :slots], alone, **TOLERANCE)
     assert (together[0, slots:] < -1e3).all()
@@ -100,7 +116,7 @@ def test_batch_mates_and_the_padding_they_bring_change_nothing(model, episode, m
 
 @examples
 @given(episodes())
-def test_padded_points_and_boxes_change_nothing(model, episode):
+def test_padded_points_and_boxes_change_nothing(either, episode):
     batch = packed(episode)
     pairs = len(batch.points)
     padded = replace(
@@ -110,12 +126,12 @@ def test_padded_points_and_boxes_change_nothing(model, episode):
         boxes=torch.cat((batch.boxes, torch.rand(pairs, 1, 4).double()), 1),
         box_valid=F.pad(batch.box_valid, (0, 1)),
     )
-    torch.testing.assert_close(model(padded), model(batch), **TOLERANCE)
+    torch.testing.assert_close(either(padded), either(batch), **TOLERANCE)
 
 
 @examples
 @given(episodes(), st.randoms(use_true_random=False))
-def test_the_order_of_supports_pairs_points_and_boxes_changes_nothing(model, episode, chance):
+def test_the_order_of_supports_pairs_points_and_boxes_changes_nothing(either, episode, chance):
     order = list(range(len(episode.supports)))
     chance.shuffle(order)
     pairs = [
@@ -123,7 +139,7 @@ def test_the_order_of_supports_pairs_points_and_boxes_changes_nothing(model, epi
     ]
     chance.shuffle(pairs)
     turned = episode._replace(supports=tuple(episode.supports[i] for i in order), pairs=tuple(pairs))
-    torch.testing.assert_close(model(packed(turned)), model(packed(episode)), **TOLERANCE)
+    torch.testing.assert_close(either(packed(turned)), either(packed(episode)), **TOLERANCE)
 
 
 @examples
@@ -135,8 +151,8 @@ def test_supports_in_chunks_give_the_same_prototypes(model, episode, size):
 
 @examples
 @given(episodes())
-def test_evaluation_is_deterministic(model, episode):
-    assert torch.equal(model(packed(episode)), model(packed(episode)))
+def test_evaluation_is_deterministic(either, episode):
+    assert torch.equal(either(packed(episode)), either(packed(episode)))
 
 
 @examples

@@ -62,8 +62,10 @@ class Stop(Exception):
     pass
 
 
-def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(workspace, monkeypatch):
-    whole = train(settings(workspace, lr=1.1e-3))
+@pytest.mark.parametrize("preset", ["debug", "hybrid"])
+def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(workspace, monkeypatch, preset):
+    config = settings(workspace, lr=1.1e-3, preset=preset)
+    whole = train(config)
     expected = weights_of(whole.run_dir / "last.pt")
     import pipelines.training as module
 
@@ -79,15 +81,23 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(workspace, monkeyp
         (whole.run_dir / name).unlink()
     monkeypatch.setattr(module, "save", stopping)
     with pytest.raises(Stop):
-        train(settings(workspace, lr=1.1e-3))
+        train(config)
     monkeypatch.setattr(module, "save", real)
     reports = []
-    again = train(settings(workspace, lr=1.1e-3), reports.append)
+    again = train(config, reports.append)
     assert reports[0]["step"] > 8, "it went on from the checkpoint of step 8"
     resumed = weights_of(again.run_dir / "last.pt")
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     points = [json.loads(line)["step"] for line in (again.run_dir / "curve.jsonl").read_text().splitlines()]
     assert points == sorted(set(points))
+
+
+def test_a_hybrid_is_fitted_to_the_training_photos_and_evaluated_from_its_checkpoint(workspace):
+    run = train(settings(workspace, preset="hybrid"))
+    fitted = weights_of(run.checkpoint)["matching.metric.map"]
+    assert not torch.equal(fitted, torch.eye(len(fitted)))
+    score = evaluate(EvaluateConfig(workspace=workspace, checkpoint=run.checkpoint, seeds=1, episodes=4, threads=1))
+    assert score.method.startswith("hybrid@")
 
 
 def test_a_finished_run_is_not_repeated(workspace):

@@ -1,0 +1,183 @@
+"""The hybrid: what matching knows, worked by hand; and what its decoder is taught."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from la.batch import pack
+from la.coco import IGNORED
+from la.episodes import Episode, Pair
+from la.errors import InputError
+from la.losses import iou_loss
+from la.matching import Matching, ObjectMetric, PromptCompletion, standardised
+from la.model import build, load_state, preset, save_state
+from pipelines.config import TrainConfig
+from pipelines.training import model_config
+
+SIZE = (40, 40)  # pixels of every photo: ten to a token
+LEFT, RIGHT = torch.tensor([1.0, 0.0, 0.2]), torch.tensor([0.0, 1.0, 0.2])
+
+
+def halves(images):
+    """(n, 4, 4, 3): the left half of every photo has one feature, the right half another."""
+    photo = torch.stack((LEFT, LEFT, RIGHT, RIGHT)).expand(4, 4, 3)
+    return torch.stack([photo if image < 100 else photo.flip(1) for image in images])
+
+
+def left_mask(image, annotations):
+    mask = torch.zeros(16, 16)
+    mask[:, :8] = 1
+    return mask
+
+
+def batch_of(*pairs, query=100, supports=(1,), classes=(7,)):
+    return pack([Episode(0, classes, query, supports, pairs)], halves, left_mask, lambda _: SIZE)
+
+
+def test_matching_finds_the_half_that_the_mask_shows():
+    maps = Matching(3)(batch_of(Pair(0, 0, (1,), (), ())))
+    assert maps.shape == (1, 2, 10, 4, 4)
+    assert (maps[:, 0] == 0).all()
+    likeness = LEFT @ RIGHT / LEFT.square().sum()
+    cosine = maps[0, 1, 0]  # the query is mirrored: its right half is what the support shows on the left
+    torch.testing.assert_close(cosine[:, 2:], torch.ones(4, 2))
+    torch.testing.assert_close(cosine[:, :2], likeness.expand(4, 2))
+    for number in (2, 3, 6, 7):  # standardised difference and affinity, in the features and in the metric
+        assert (maps[0, 1, number, :, 2:] > 0).all()
+        assert (maps[0, 1, number, :, :2] < 0).all()
+    torch.testing.assert_close(maps[0, 1, 8], torch.full((4, 4), 0.5).log() / 4)
+    torch.testing.assert_close(maps[0, 1, 9], torch.zeros(4, 4))  # one way
+
+
+def test_an_affinity_over_two_shots_is_the_softmax_over_the_tokens_of_both():
+    pairs = (Pair(0, 0, (1,), (), ()), Pair(1, 0, (1,), (), ()))
+    batch = batch_of(*pairs, supports=(1, 101))
+    unit_query, unit_support = (F.normalize(x, dim=-1) for x in (batch.query[0], batch.support))
+    scores = (unit_query.flatten(0, 1) @ unit_support.flatten(0, 2).T / 0.1).softmax(-1)
+    read = scores @ left_mask(0, ())[::4, ::4].flatten().repeat(2)
+    odds = (read.clamp(1e-4, 1 - 1e-4).logit() - torch.tensor(0.5).logit()) / 4
+    torch.testing.assert_close(Matching(3)(batch)[0, 1, 3].flatten(), odds, atol=1e-5, rtol=1e-4)
+
+
+def test_more_shots_than_fit_in_memory_at_once_give_the_same_maps(monkeypatch):
+    pairs = tuple(Pair(n, n % 2, (1,), (), ()) for n in range(5))
+    batch = batch_of(*pairs, supports=(1, 2, 101, 3, 102), classes=(7, 8))
+    together = Matching(3)(batch)
+    monkeypatch.setattr("la.matching.PAIRS_AT_ONCE", 1)
+    torch.testing.assert_close(Matching(3)(batch), together)
+
+
+def test_points_and_boxes_grow_to_what_resembles_them():
+    completion = PromptCompletion()
+    completion.box.fill_(0.0)
+    one_point = batch_of(Pair(0, 0, (), ((5.0, 5.0, 1),), ()))
+    one_box = batch_of(Pair(0, 0, (), (), ((0.0, 0.0, 30.0, 20.0),)))  # reaches into the other half
+    left = left_mask(0, ())[::4, ::4]
+    units = F.normalize(one_point.support, dim=-1).flatten(1, 2)
+    torch.testing.assert_close(completion(one_point, units)[1].view(4, 4), left, atol=0.05, rtol=0)
+    inside = torch.zeros(4, 4)
+    inside[:2, :2] = 1
+    torch.testing.assert_close(completion(one_box, units)[1].view(4, 4), inside, atol=0.05, rtol=0)
+
+
+def test_a_point_outside_the_object_keeps_its_like_out():
+    batch = batch_of(Pair(0, 0, (), ((5.0, 5.0, 1), (15.0, 35.0, 0)), ()))
+    units = F.normalize(batch.support, dim=-1).flatten(1, 2)
+    weight = PromptCompletion()(batch, units)[1].view(4, 4)
+    assert weight[0, 0] == 1
+    assert weight[3, 0] <= 0.5  # as much like the one as like the other
+    assert (weight[:, 2:] < 0.05).all()
+
+
+def test_thresholds_are_fitted_to_objects_whose_masks_are_known():
+    completion = PromptCompletion()
+    completion.point.fill_(-0.3)  # everything belongs
+    prompted, masked = batch_of(Pair(0, 0, (), ((5.0, 5.0, 1),), ())), batch_of(Pair(0, 0, (1,), (), ()))
+    completion.fit(prompted, masked)
+    assert LEFT @ RIGHT / LEFT.square().sum() < completion.point < 1
+
+
+def test_the_object_metric_forgets_what_varies_within_a_class():
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.arange(40) % 4
+    centres = F.pad(torch.eye(4), (0, 2))
+    noise = torch.randn(40, 6, generator=generator) * torch.tensor([0.05] * 4 + [1.0, 1.0])
+    objects = F.normalize(centres[classes] + noise, dim=-1)
+
+    def told_apart(units):
+        same = classes[:, None] == classes
+        cosines = units @ units.T
+        return cosines[same].mean() - cosines[~same].mean()
+
+    metric = ObjectMetric(6)
+    torch.testing.assert_close(metric(objects), objects)  # the identity before it is fitted
+    metric.fit(objects, classes)
+    assert told_apart(metric(objects)) > told_apart(objects) + 0.1
+
+
+def test_standardised_maps_have_mean_0_and_deviation_1():
+    made = standardised(torch.randn(3, 50) * 7 + 2)
+    torch.testing.assert_close(made.mean(-1), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(made.std(-1, unbiased=False), torch.ones(3), atol=1e-3, rtol=0)
+
+
+def test_the_iou_loss_is_0_for_certain_truth_and_counts_classes_alike_whatever_their_size():
+    truth = torch.zeros(1, 12, 12, dtype=torch.long)
+    truth[0, :, :6], truth[0, 0, 11], truth[0, 5, 5] = 1, 2, IGNORED
+    slots = torch.ones(1, 3, dtype=torch.bool)
+    sure = F.one_hot(truth.clamp(max=2), 3).movedim(-1, 1) * 40.0
+    assert iou_loss(sure, truth, slots) < 1e-6
+    for missed in (1, 2):
+        logits = sure.clone()
+        logits[:, 0] += 80.0 * (truth == missed)
+        torch.testing.assert_close(iou_loss(logits, truth, slots, likelihood=0), torch.tensor(0.5), atol=0.1, rtol=0)
+
+
+def test_the_iou_loss_leaves_out_ignored_pixels_and_slots_that_an_episode_has_not():
+    torch.manual_seed(0)
+    truth = torch.randint(0, 2, (1, 8, 8))
+    logits = torch.randn(1, 2, 8, 8)
+    slots = torch.ones(1, 2, dtype=torch.bool)
+    wide = F.pad(logits, (0, 0, 0, 0, 0, 1), value=-1e4)
+    torch.testing.assert_close(
+        iou_loss(wide, truth, torch.tensor([[True, True, False]])), iou_loss(logits, truth, slots)
+    )
+    truth[0, :2] = IGNORED
+    changed = logits.clone()
+    changed[:, :, :2] += 5 * torch.randn(1, 2, 2, 8)
+    torch.testing.assert_close(iou_loss(changed, truth, slots), iou_loss(logits, truth, slots))
+
+
+def test_maps_are_left_out_by_an_episodes_own_seed_and_only_in_training():
+    torch.manual_seed(0)
+    model, batch = build(preset("hybrid", channels=3)), batch_of(Pair(0, 0, (1,), (), ()))
+    model.train()
+    assert torch.equal(model(batch, [5]), model(batch, [5]))
+    assert not torch.equal(model(batch, [5]), model(batch, [6]))
+    model.eval()
+    assert torch.equal(model(batch, [5]), model(batch, [6]))
+
+
+@pytest.mark.parametrize("part", ["match_prototypes", "match_affinity", "object_metric", "spatial_convs", "objectness"])
+def test_every_ingredient_can_be_left_out(part):
+    model = build(preset("hybrid", channels=3, **{part: 0 if part == "objectness" else False})).eval()
+    assert model(batch_of(Pair(0, 0, (1,), (), ()))).shape == (1, 2, 16, 16)
+
+
+def test_a_saved_hybrid_comes_back_with_what_it_was_fitted_to():
+    torch.manual_seed(0)
+    model = build(preset("hybrid", channels=3)).eval()
+    model.matching.metric.fit(F.normalize(torch.randn(8, 3), dim=-1), torch.arange(8) % 2)
+    batch = batch_of(Pair(0, 0, (1,), (), ()))
+    assert torch.equal(load_state(save_state(model)).eval()(batch), model(batch))
+
+
+def test_a_part_that_a_preset_has_not_is_refused_and_recipes_follow_the_preset():
+    settings = TrainConfig(workspace="w", preset="hybrid")
+    assert (settings.recipe, settings.loss, settings.flips) == ("hybrid", "iou", True)
+    assert TrainConfig(workspace="w").recipe == "small"
+    assert model_config(settings, 12).channels == 12
+    with pytest.raises(InputError, match="hybrid has no setting token_pool"):
+        model_config(TrainConfig(workspace="w", preset="hybrid", token_pool=False), 12)
+    with pytest.raises(InputError, match="paper has no setting objectness"):
+        model_config(TrainConfig(workspace="w", objectness=4), 12)
