@@ -241,9 +241,15 @@ def train(
         str, typer.Option(help="paper (1.4 M parameters), official (10.1 M), hybrid (matching maps) or debug (tiny).")
     ] = "paper",
     dim: Annotated[int | None, typer.Option(help="D, channels after the neck; default the preset's.")] = None,
-    token_pool: Annotated[bool, typer.Option(help="The token pool.")] = True,
-    mixer: Annotated[bool, typer.Option(help="The class-example mixer.")] = True,
+    token_pool: Annotated[bool, typer.Option(help="The token pool (paper, official).")] = True,
+    mixer: Annotated[bool, typer.Option(help="The class-example mixer (paper, official).")] = True,
     spatial_convs: Annotated[bool, typer.Option(help="The decoder's spatial convolutions.")] = True,
+    match_prototypes: Annotated[bool, typer.Option(help="Cosines to prototypes (hybrid).")] = True,
+    match_affinity: Annotated[bool, typer.Option(help="Affinity to all support tokens (hybrid).")] = True,
+    object_metric: Annotated[bool, typer.Option(help="Matching in a metric fitted to objects (hybrid).")] = True,
+    objectness: Annotated[
+        int | None, typer.Option(min=0, help="Channels of the query that all classes share (hybrid).")
+    ] = None,
     warmup_steps: Annotated[
         int | None, typer.Option(min=0, help="Steps of rising learning rate; default: the recipe's.")
     ] = None,
@@ -297,6 +303,10 @@ def train(
             token_pool=token_pool,
             class_example_mixer=mixer,
             spatial_convs=spatial_convs,
+            match_prototypes=match_prototypes,
+            match_affinity=match_affinity,
+            object_metric=object_metric,
+            objectness=objectness,
             val_episodes=val_episodes,
             seed=seed,
             device=device,
@@ -339,6 +349,10 @@ def evaluate(
     shots: ShotsOption = 1,
     prompt: PromptOption = "mask",
     supports: SupportsOption = "fixed",
+    support_selection: Annotated[
+        Literal["random", "nearest"],
+        typer.Option(help="nearest: of each class the photos most like the query, by their features."),
+    ] = "random",
     protocol: ProtocolOption = "la",
     seeds: ProtocolSeedsOption = None,
     count: ProtocolEpisodesOption = None,
@@ -376,6 +390,7 @@ def evaluate(
             shots=shots,
             prompt=prompt,
             supports=supports,
+            support_selection=support_selection,
             seeds=seeds,
             episodes=count,
             classes=classes,

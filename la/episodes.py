@@ -24,6 +24,9 @@ PROMPT_SETS = tuple(  # the seven non-empty sets of prompt types
 )
 
 
+Retrieve = Callable[[int, Sequence[int], int], list[int]]  # (query, images to choose from, how many) -> images
+
+
 class Pair(NamedTuple):
     """The prompts of one class on one support image: an annotated (support, class) pair.
 
@@ -150,6 +153,7 @@ def evaluation_episode(
     prompt: str,
     varied: bool = False,
     query_draw: QueryDraw = "class",
+    retrieve: Retrieve | None = None,
 ) -> Episode:
     """Episode `index` of a test protocol: N-way K-shot, prompts "mask", "point", "box", "point_box" or "mixed".
 
@@ -157,7 +161,8 @@ def evaluation_episode(
     ways to draw the query see `la.protocols`. `name` says protocol, fold, split and seed. Classes, query and supports
     do not depend on `prompt`, so that prompt kinds are compared on the same episodes. "mixed" prompts are of one kind
     for each annotation, drawn at random. With `varied`, a class gets 1 to K supports, or more where photos drawn for
-    other classes show it too. Raises TooFewImages where classes or images are too few.
+    other classes show it too. `retrieve` picks the supports of a class for the query in place of chance; classes and
+    query stay the same. Raises TooFewImages where classes or images are too few.
     """
     usable = pool.usable(shots)
     if len(usable) < ways:
@@ -177,7 +182,7 @@ def evaluation_episode(
     others = [c for c in usable if c != first]
     classes = [first, *_sample(others, ways - 1, uniform)]
     _shuffle(classes, uniform)
-    supports = _draw_supports(pool, classes, query, shots, uniform, varied)
+    supports = _draw_supports(pool, classes, query, shots, uniform, varied, retrieve)
     kinds = ("point", "box") if prompt == "point_box" else (prompt,)
     uniform = random.Random(f"{name}/{index}/{ways}/{shots}/prompts").random
     draw_kinds = (lambda: (_pick(KINDS, uniform),)) if prompt == "mixed" else (lambda: kinds)
@@ -216,8 +221,16 @@ def training_episode(
     return Episode(index, tuple(classes), query, tuple(supports), pairs)
 
 
-def _draw_supports(pool: Pool, classes: list[int], query: int, shots: int, uniform, varied: bool = False) -> list[int]:
-    """`shots` images of each class, never the query, no image twice; `varied` as in `evaluation_episode`."""
+def _draw_supports(
+    pool: Pool,
+    classes: list[int],
+    query: int,
+    shots: int,
+    uniform,
+    varied: bool = False,
+    retrieve: Retrieve | None = None,
+) -> list[int]:
+    """`shots` images of each class, never the query, no image twice; the rest as in `evaluation_episode`."""
     supports: list[int] = []
     for category in classes:
         wanted = shots
@@ -225,8 +238,10 @@ def _draw_supports(pool: Pool, classes: list[int], query: int, shots: int, unifo
             wanted = 1 + int(uniform() * shots) - sum(category in pool.classes_in[image] for image in supports)
         images = pool.images_of[category]
         taken = {query, *supports}
-        if len(images) > 4 * (len(taken) + wanted):  # rejection: no pass over a class with thousands of images
-            drawn: list[int] = []
+        if retrieve is not None:
+            drawn = retrieve(query, [i for i in images if i not in taken], wanted)
+        elif len(images) > 4 * (len(taken) + wanted):  # rejection: no pass over a class with thousands of images
+            drawn = []
             while len(drawn) < wanted:
                 image = _pick(images, uniform)
                 if image not in taken:

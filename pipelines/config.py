@@ -163,6 +163,7 @@ class EvaluateConfig(ProtocolSettings):
     shots: int = Field(1, ge=1)
     prompt: Prompt = "mask"  # "mixed": each annotation one of the three
     supports: Literal["fixed", "varied"] = "fixed"  # varied: 1 to K shots a class, photos that serve several classes
+    support_selection: Literal["random", "nearest"] = "random"  # nearest: the photos most like the query
     classes: Literal["unseen", "seen"] = "unseen"
     split: Literal["val", "train"] = "val"
     # variants of a trained model at test time, see la.test_time

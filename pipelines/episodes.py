@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
-from la.episodes import MIN_AREA, Episode, Pair, Pool, evaluation_episode, training_episode
+from la.episodes import MIN_AREA, Episode, Pair, Pool, Retrieve, evaluation_episode, training_episode
 from la.folds import FoldLists, fold_classes
 from la.protocols import QueryDraw, protocol_of
+from la.retrieval import SupportIndex, descriptor
 from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.store import FeatureStore
 from pipelines.workspace import digest, write_text, write_whole
@@ -59,6 +61,7 @@ class Plan:
     fold_lists: FoldLists = "interleaved"
     query_draw: QueryDraw = "class"
     min_area: int = MIN_AREA
+    selection: str = "random"  # or "nearest": how the supports of a class are chosen in testing
 
     @property
     def name(self) -> str:
@@ -92,6 +95,7 @@ def evaluation_plan(config: EvaluateConfig, seed: int, fold_lists: FoldLists | N
         fold_lists=fold_lists or protocol.folds,
         query_draw=protocol.query,
         min_area=protocol.min_area,
+        selection=config.support_selection,
     )
 
 
@@ -106,6 +110,15 @@ def pool_of(plan: Plan, store: FeatureStore) -> Pool:
     return _pool(store, plan.split, plan.fold, plan.classes, plan.fold_lists, plan.min_area)
 
 
+@lru_cache(maxsize=2)
+def _retrieval(store: FeatureStore, split: str) -> Retrieve:
+    """The photos of a split most like a query; reads every photo's features once."""
+    ids = store.image_ids(split)
+    descriptors = torch.cat([descriptor(store.read_batch([photo])) for photo in ids])
+    place, index = {photo: n for n, photo in enumerate(ids)}, SupportIndex(ids, descriptors)
+    return lambda query, among, count: index.nearest(descriptors[place[query]], count, among)
+
+
 def pool_of_shards(shards: "EpisodeShards", store: FeatureStore) -> Pool:
     """The images and classes that written episodes were drawn from."""
     plan = shards.manifest["plan"]
@@ -118,7 +131,8 @@ def draw(plan: Plan, store: FeatureStore, group: int, start: int, stop: int) -> 
     _, ways, shots = plan.batches[group]
     if plan.prompt is None:
         return [training_episode(pool, plan.name, i, ways, shots, plan.mixed) for i in range(start, stop)]
-    how = (ways, shots, plan.prompt, plan.varied, plan.query_draw)
+    retrieve = _retrieval(store, plan.split) if plan.selection == "nearest" else None
+    how = (ways, shots, plan.prompt, plan.varied, plan.query_draw, retrieve)
     return [evaluation_episode(pool, plan.name, i, *how) for i in range(start, stop)]
 
 

@@ -45,7 +45,8 @@ def fake_store(workspace: Path) -> str:
 
 def fake_config(workspace: Path, **changes: object) -> SweepConfig:
     fake_store(workspace)
-    settings = {"train": {"steps": STEPS}, "seeds": 2, "episodes": 4}
+    table5 = ("complete", "no_spatial_convs", "no_mixer", "no_token_pool", "prototype")
+    settings = {"variants": table5, "train": {"steps": STEPS}, "seeds": 2, "episodes": 4}
     return SweepConfig(workspace=workspace, **(settings | changes))
 
 

@@ -39,11 +39,11 @@ def own_database(monkeypatch):
 
 
 def test_a_variant_changes_what_it_names_and_nothing_else(tmp_path):
-    jobs = {job.variant.name: job for job in plan_sweep(fake_config(tmp_path)).jobs}
-    complete = jobs["complete"].train.model_dump()
+    jobs = {job.variant.name: job for job in plan_sweep(fake_config(tmp_path, variants=None)).jobs}
     for variant in ABLATIONS.variants:
         if variant.trained:
-            assert jobs[variant.name].train.model_dump() == complete | dict(variant.overrides)
+            of_kind = jobs["hybrid" if variant.name.startswith("hybrid") else "complete"].train
+            assert jobs[variant.name].train.model_dump() == of_kind.model_dump() | dict(variant.overrides)
     assert jobs["prototype"].train is None
     tasks = {name: [(c.fold, c.ways, c.shots, c.prompt) for c in job.evaluations] for name, job in jobs.items()}
     assert all(each == tasks["complete"] for each in tasks.values())
@@ -137,9 +137,19 @@ def test_a_given_learning_rate_wins_over_a_variants_own(tmp_path):
         jobs = plan_sweep(fake_config(tmp_path, study="folds", variants=None, folds=(0,), train=train)).jobs
         return {job.variant.name: job.train.lr for job in jobs if job.train}
 
-    assert rates() == {"complete": 3e-4, "official": 1e-4}
-    assert rates(lr=7e-6) == {"complete": 7e-6, "official": 7e-6}
-    assert rates(recipe="official") == {"complete": 5e-5, "official": 5e-5}
+    # the hybrid is another kind of model: what is given for LA is not for it
+    assert rates() == {"complete": 3e-4, "official": 1e-4, "hybrid": 1e-3}
+    assert rates(lr=7e-6) == {"complete": 7e-6, "official": 7e-6, "hybrid": 1e-3}
+    assert rates(recipe="official") == {"complete": 5e-5, "official": 5e-5, "hybrid": 1e-3}
+
+
+def test_the_hybrid_without_each_ingredient_has_a_table_of_its_own(tmp_path):
+    config = fake_config(tmp_path, variants=("hybrid", "hybrid_no_metric", "prototype"))
+    plan = plan_sweep(config)
+    first, second, prompts = ablation_tables(outcome(config, plan, {job.name: finish(job) for job in plan.jobs}, {}))
+    assert [row[0] for row in first.rows] == ["prototype (no training)"]
+    assert [row[0] for row in second.rows] == ["LA, hybrid preset", "w/o object metric"]
+    assert prompts.rows[0][0] == "hybrid: masks"
 
 
 def test_a_result_that_was_edited_is_the_users_to_mend(tmp_path):

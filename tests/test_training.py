@@ -397,3 +397,26 @@ def test_galleries_show_no_episode_twice():
     assert [(seed, index) for seed, index, _ in chosen["best"]] == [(0, 0), (0, 2)]
     assert [(seed, index) for seed, index, _ in chosen["worst"]] == [(0, 3), (1, 0)]
     assert chosen["best"][0][2] == 100
+
+
+def test_the_nearest_supports_are_those_most_like_the_query_and_the_rest_of_an_episode_stays(workspace):
+    from pipelines.episodes import evaluation_plan
+
+    store = FeatureStore(next((workspace / "features").iterdir()))
+    config = EvaluateConfig(workspace=workspace, classes="seen", shots=2, episodes=6)
+    nearest = config.model_copy(update={"support_selection": "nearest"})
+    random_ones, found = (list(ensure_episodes(evaluation_plan(c, 0), store)) for c in (config, nearest))
+    pool = store.dataset("val").images_by_class(32 * 32)
+
+    def likeness(one, other):
+        maps = [torch.nn.functional.normalize(store.read_batch([i])[0].float(), dim=-1) for i in (one, other)]
+        means = [torch.nn.functional.normalize(m.mean((0, 1)), dim=-1) for m in maps]
+        return (means[0] @ means[1]).item()
+
+    for plain, episode in zip(random_ones, found, strict=True):
+        assert (episode.query, episode.classes) == (plain.query, plain.classes)
+        others = [i for i in pool[episode.classes[0]] if i != episode.query]
+        ranked = sorted(others, key=lambda i: -likeness(episode.query, i))
+        assert [likeness(episode.query, i) for i in episode.supports] == pytest.approx(
+            [likeness(episode.query, i) for i in ranked[:2]], abs=1e-5
+        )
