@@ -56,18 +56,23 @@ class Hybrid(nn.Module):
 
     def forward(self, batch: EpisodeBatch, seeds: Sequence[int] | None = None) -> Tensor:
         """Logits (B, C, 4h, 4w), slot 0 the background; `seeds` draw the maps that training leaves out."""
-        maps = self.matching(batch)[:, 1:].to(self.decoder.out.weight.dtype)
+        maps = self.matching(batch)
         if self.training and seeds is not None:
             maps = maps * self._kept(seeds).to(maps)[:, None, :, None, None]
+        return self.decode(batch.query, maps, batch.slots)
+
+    def decode(self, query: Tensor, maps: Tensor, slots: Tensor) -> Tensor:
+        """Query features (B, h, w, Dv), maps (B, C, K, h, w), slots (B, C) -> logits (B, C, 4h, 4w)."""
+        maps = maps[:, 1:].to(self.decoder.out.weight.dtype)
         if self.objectness is not None:
-            looks = self.objectness(batch.query.to(maps.dtype)).movedim(-1, 1)
+            looks = self.objectness(query.to(maps.dtype)).movedim(-1, 1)
             maps = torch.cat((maps, looks[:, None].expand(-1, maps.shape[1], -1, -1, -1)), 2)
         logits = self.decoder(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
         if not self.training:
             logits = logits + self.config.foreground_bias
         logits = F.pad(logits, (0, 0, 0, 0, 1, 0))
         logits = F.interpolate(logits, scale_factor=UPSCALE, mode="bilinear", align_corners=False)
-        return logits.masked_fill(~batch.slots[:, :, None, None], -1e4)
+        return logits.masked_fill(~slots[:, :, None, None], -1e4)
 
     def _kept(self, seeds: Sequence[int]) -> Tensor:
         """(B, K) bool, each episode's by its own seed."""

@@ -5,8 +5,8 @@ the number of shots and each shot sharpens the same maps. Between query and supp
 n x n entries; they are made for a few pairs at a time and never kept.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -70,74 +70,82 @@ class Matching(nn.Module):
         self.maps = (1 + metric) * (3 * prototypes + affinity) + 2
 
     @torch.no_grad()
-    def forward(self, batch: EpisodeBatch) -> Tensor:
-        """-> (B, C, K, h, w), in the precision of the module's buffers."""
-        # never in bfloat16, which cannot tell cosines near 1 apart
-        with torch.autocast(batch.query.device.type, enabled=False):
-            return self._forward(batch)
+    def forward(self, batch: EpisodeBatch | Iterable[EpisodeBatch]) -> Tensor:
+        """-> (B, C, K, h, w), in the precision of the module's buffers.
 
-    def _forward(self, batch: EpisodeBatch) -> Tensor:
-        b, c = batch.slots.shape
-        h, w = batch.query.shape[1:3]
-        shown = (batch.pairs.slot % c > 0).nonzero()[:, 0]  # pairs of classes: the background's have no prompts
-        slot, place = batch.pairs.slot[shown], batch.pair_support[shown]
-        support, query = (
-            F.normalize(x.to(self.completion.point.dtype), dim=-1).flatten(1, 2) for x in (batch.support, batch.query)
-        )
-        weight = self.completion(batch, support)[shown]
-        share = _summed(weight.mean(1), slot, b * c) / _summed(torch.ones_like(weight[:, 0]), slot, b * c).clamp(min=1)
-        covered = _Covered(slot, weight, support, place, share)
-        maps = self._maps(query, query, covered, lambda units: units)
+        The supports of the same episodes in chunks (see `la.batch.pack`) give the same in the memory of one chunk.
+        """
+        chunks = iter([batch] if isinstance(batch, EpisodeBatch) else batch)
+        first = next(chunks)
+        device, (b, c), (h, w) = first.query.device, first.slots.shape, first.query.shape[1:3]
+        with torch.autocast(device.type, enabled=False):  # bfloat16 cannot tell cosines near 1 apart
+            views, cover = self._views(self._units(first.query), c), self.completion.point.new_zeros(2, b * c)
+            for chunk in itertools.chain([first], chunks):
+                self._add(views, cover, chunk)
+            share = cover[0] / cover[1].clamp(min=1)
+            maps: list[Tensor] = []
+            for view in views:
+                maps += view.of_prototypes() if self.prototypes else []
+                maps += view.of_affinity(share) if self.affinity else []
+        ways = first.slots.sum(1).sub(1).to(share).repeat_interleave(c)
+        numbers = (share.clamp(min=EPSILON).log() / 4, ways.clamp(min=1).log())
+        maps += [number[:, None].expand(-1, h * w) for number in numbers]
+        shown = first.slots & (torch.arange(c, device=device) > 0)
+        return torch.stack(maps, 1).view(b, c, self.maps, h, w) * shown[:, :, None, None, None]
+
+    def _units(self, features: Tensor) -> Tensor:
+        """(B, h, w, D) -> unit features (B, n, D)."""
+        return F.normalize(features.to(self.completion.point.dtype), dim=-1).flatten(1, 2)
+
+    def _views(self, query: Tensor, slots: int) -> "list[_View]":
+        views = [_View(query, query, slots, lambda units: units)]
         if self.metric is not None:
             # a token alone says little of the object it is part of: it takes after the tokens that resemble it
             alike = torch.exp((query @ query.transpose(1, 2) - 1) / SMOOTHING)
             smooth = self.metric(F.normalize(alike @ query, dim=-1))
-            maps += self._maps(smooth, self.metric(query), covered, self.metric)
-        ways = batch.slots.sum(1).sub(1).to(share).repeat_interleave(c)
-        numbers = (share.clamp(min=EPSILON).log() / 4, ways.clamp(min=1).log())
-        maps += [number[:, None].expand(-1, h * w) for number in numbers]
-        table = torch.stack(maps, 1).view(b, c, self.maps, h, w)
-        shown = batch.slots & (torch.arange(c, device=slot.device) > 0)
-        return table * shown[:, :, None, None, None]
+            views.append(_View(self.metric(query), smooth, slots, self.metric))
+        return views
 
-    def _maps(self, against_prototypes: Tensor, query: Tensor, covered: "_Covered", metric: Callable) -> list[Tensor]:
-        """(B * C, n) each; the two views of the query are (B, n, D), `metric` takes support tokens where they are."""
-        (b, n, d), total = query.shape, len(covered.share)
-        slots = total // b
-        prototypes, read = query.new_zeros(2, total, d), query.new_zeros(2, total, n)
-        for slot, weight, keys in covered.chunks():
-            if self.prototypes:
-                sums = torch.stack((weight, 1 - weight)).unsqueeze(2) @ keys
-                prototypes.index_add_(1, slot, sums[:, :, 0])
-            if self.affinity:
-                # cosines are 1 at most, so the largest exponent is known and no second pass over the shots is needed
-                scores = torch.exp((query[slot // slots] @ metric(keys).transpose(1, 2) - 1) / TEMPERATURE)
-                read.index_add_(1, slot, torch.stack(((scores @ weight[..., None])[..., 0], scores.sum(-1))))
-        found: list[Tensor] = []
-        if self.prototypes:
-            ready = metric(F.normalize(prototypes, dim=-1)).unflatten(1, (b, slots))
-            of_class, of_rest = (against_prototypes @ ready.transpose(2, 3)).transpose(2, 3).flatten(1, 2)
-            found += [of_class, of_rest, standardised(of_class - of_rest)]
-        if self.affinity:
-            seen = (read[0] / read[1].clamp(min=1e-30)).clamp(EPSILON, 1 - EPSILON)
-            found.append((seen.logit() - covered.share.clamp(EPSILON, 1 - EPSILON).logit()[:, None]) / 4)
-        return found
+    def _add(self, views: "list[_View]", cover: Tensor, batch: EpisodeBatch) -> None:
+        """Add the pairs of a batch to the views and to `cover` (2, B * C), the sums of mean weights and their number."""
+        support = self._units(batch.support)
+        shown = (batch.pairs.slot % batch.slots.shape[1] > 0).nonzero()[:, 0]  # the background's pairs have no prompts
+        weights = self.completion(batch, support)
+        for some in shown.split(PAIRS_AT_ONCE):
+            slot, weight, tokens = batch.pairs.slot[some], weights[some], support[batch.pair_support[some]]
+            cover.index_add_(1, slot, torch.stack((weight.mean(1), torch.ones_like(weight[:, 0]))))
+            for view in views:
+                view.add(slot, weight, tokens)
 
 
-@dataclass
-class _Covered:
-    """The P annotated pairs of classes, and a few of them at a time with their tokens."""
+class _View:
+    """Query tokens, those that meet prototypes, both (B, n, D), and sums over the annotated pairs seen so far."""
 
-    slot: Tensor  # (P,) long
-    weight: Tensor  # (P, n) in 0..1
-    support: Tensor  # (L, n, D) unit features
-    place: Tensor  # (P,) long
-    share: Tensor  # (B * C,) mean weight of the slot's pairs
+    def __init__(self, query: Tensor, meeting: Tensor, slots: int, metric: Callable[[Tensor], Tensor]):
+        self.query, self.meeting, self.slots, self.metric = query, meeting, slots, metric
+        b, n, d = query.shape
+        self.covered = query.new_zeros(2, b * slots, d)  # support tokens of each slot, and the rest of its supports
+        self.read = query.new_zeros(2, b * slots, n)  # coverage that query tokens read, and by how much attention
 
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(slot, weight, tokens (p, n, D)) of at most PAIRS_AT_ONCE pairs."""
-        for some in torch.arange(len(self.slot), device=self.slot.device).split(PAIRS_AT_ONCE):
-            yield self.slot[some], self.weight[some], self.support[self.place[some]]
+    def add(self, slot: Tensor, weight: Tensor, tokens: Tensor) -> None:
+        """p pairs: slot (p,), weight (p, n) in 0..1, unit tokens (p, n, D)."""
+        sums = torch.stack((weight, 1 - weight)).unsqueeze(2) @ tokens
+        self.covered.index_add_(1, slot, sums[:, :, 0])
+        # cosines are 1 at most, so the largest exponent is known and no second pass over the shots is needed
+        scores = self.query[slot // self.slots] @ self.metric(tokens).transpose(1, 2)
+        scores = torch.exp((scores - 1) / TEMPERATURE)
+        self.read.index_add_(1, slot, torch.stack(((scores @ weight[..., None])[..., 0], scores.sum(-1))))
+
+    def of_prototypes(self) -> list[Tensor]:
+        """(B * C, n) each."""
+        ready = self.metric(F.normalize(self.covered, dim=-1)).unflatten(1, (-1, self.slots))
+        of_class, of_rest = (self.meeting @ ready.transpose(2, 3)).transpose(2, 3).flatten(1, 2)
+        return [of_class, of_rest, standardised(of_class - of_rest)]
+
+    def of_affinity(self, share: Tensor) -> list[Tensor]:
+        """(B * C, n), given the mean weight of each slot's pairs (B * C,)."""
+        seen = (self.read[0] / self.read[1].clamp(min=1e-30)).clamp(EPSILON, 1 - EPSILON)
+        return [(seen.logit() - share.clamp(EPSILON, 1 - EPSILON).logit()[:, None]) / 4]
 
 
 class PromptCompletion(nn.Module):

@@ -23,7 +23,8 @@ from la.batch import EpisodeBatch
 from la.device import autocast, pick_device
 from la.episodes import Episode
 from la.errors import InputError
-from la.model import LabelAnything, preset
+from la.hybrid import Hybrid
+from la.model import build, preset
 from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig
 from pipelines.episodes import draw, evaluation_plan, repeated
@@ -114,7 +115,16 @@ def _method(cell: Cell, store: FeatureStore, device: torch.device) -> tuple[Run,
         )
         model, _ = load_checkpoint(config, store, device)
     else:
-        model = LabelAnything(preset(cell.preset, channels=store.info.channels)).to(device).eval()
+        model = build(preset(cell.preset, channels=store.info.channels)).to(device).eval()
+
+    def hybrid(chunks: Chunks, query: Tensor) -> Tensor:
+        query = encode(query)
+        slots = torch.ones(1, WAYS + 1, dtype=torch.bool, device=device)
+        seen = model.matching(replace(chunk, query=query, support=encode(chunk.support)) for chunk in chunks())
+        return model.decode(query, seen, slots[:, : seen.shape[1]])
+
+    if isinstance(model, Hybrid):
+        return hybrid, model.config.mask_px
 
     def la(chunks: Chunks, query: Tensor) -> Tensor:
         prototypes = model.prototypes(replace(chunk, support=encode(chunk.support)) for chunk in chunks())

@@ -67,6 +67,14 @@ def test_more_shots_than_fit_in_memory_at_once_give_the_same_maps(monkeypatch):
     torch.testing.assert_close(Matching(3)(batch), together)
 
 
+def test_supports_in_chunks_give_the_same_maps():
+    pairs = tuple(Pair(n, n % 2, (1,), (), ()) for n in range(5))
+    episode = Episode(0, (7, 8), 100, (1, 2, 101, 3, 102), pairs)
+    chunks = (pack([episode], halves, left_mask, lambda _: SIZE, range(n, n + 2)) for n in (0, 2, 4))
+    together = pack([episode], halves, left_mask, lambda _: SIZE)
+    torch.testing.assert_close(Matching(3)(chunks), Matching(3)(together))
+
+
 def test_points_and_boxes_grow_to_what_resembles_them():
     completion = PromptCompletion()
     completion.box.fill_(0.0)
