@@ -740,7 +740,7 @@ def bench_model(
 
 @bench_app.command("evaluate")
 def bench_evaluate(
-    preset: Annotated[str, typer.Option(help="paper, official or debug.")] = "paper",
+    preset: Annotated[str, typer.Option(help="paper, official, hybrid or debug.")] = "paper",
     count: Annotated[int, typer.Option("--episodes", min=1, help="1-way 1-shot episodes.")] = 1000,
     repeats: RepeatsOption = 1,
     threads: ThreadsOption = None,

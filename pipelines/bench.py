@@ -16,7 +16,7 @@ from la.decoder import segment
 from la.device import autocast
 from la.errors import InputError
 from la.metrics import FewShotIoU
-from la.model import LabelAnything, preset
+from la.model import build, preset
 from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
 from pipelines.episodes import EpisodeShards, draw, ensure_episodes, evaluation_plan, training_plan
@@ -179,7 +179,7 @@ def bench_evaluate(
     """
     store = FeatureStore(store_path)
     torch.manual_seed(0)
-    model = LabelAnything(preset(name, channels=store.info.channels)).eval()
+    model = build(preset(name, channels=store.info.channels)).eval()
     device = torch.device("cpu")
     root = store_path.parents[1]
 

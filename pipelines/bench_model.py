@@ -16,9 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 from la.attention import Attention
 from la.batch import EpisodeBatch, dense_grid
 from la.episodes import Episode
+from la.errors import InputError
 from la.folds import FOLDS
 from la.losses import focal_loss
-from la.model import LabelAnything, preset
+from la.model import LabelAnything, ModelConfig, preset
 from pipelines.batches import BatchBuilder
 from pipelines.bench import BenchResult, in_turn
 from pipelines.config import EvaluateConfig, TrainConfig
@@ -42,6 +43,8 @@ class _Setting:
     @classmethod
     def of(cls, store: FeatureStore, name: str) -> Self:
         config = preset(name, channels=store.info.channels)
+        if not isinstance(config, ModelConfig):
+            raise InputError(f"--preset {name} has no dense grid to compare with. Choose paper, official or debug.")
         models = [LabelAnything(replace(config, absent_pairs=absent)) for absent in (False, True, True)]
         for other in models[1:]:
             other.load_state_dict(models[0].state_dict())

@@ -12,6 +12,7 @@ from la.baselines import BASELINES
 from la.batch import EpisodeBatch
 from la.errors import InputError
 from la.folds import fold_classes
+from la.hybrid import Hybrid
 from la.model import LabelAnything, load_state
 from la.protocols import protocol_of
 from la.test_time import averaged_over_draws, with_background_prompts, with_flips
@@ -20,6 +21,7 @@ from pipelines.store import FeatureStore
 from pipelines.workspace import Workspace
 
 Method = Callable[[EpisodeBatch], Tensor]
+Model = LabelAnything | Hybrid
 
 
 def find_method(config: EvaluateConfig, store: FeatureStore, device: torch.device) -> tuple[Method, str, int | None]:
@@ -34,13 +36,15 @@ def find_method(config: EvaluateConfig, store: FeatureStore, device: torch.devic
             raise InputError(f"--pool-draws and --background are of trained models; --method {config.method} is none.")
     elif config.method == "la":
         model, name = load_checkpoint(config, store, device)
+        if isinstance(model, Hybrid) and (config.pool_draws or config.background != "learned"):
+            raise InputError(f"--pool-draws and --background are not for {name}: a hybrid has no token pool.")
         method, mask_px = _variant(model, config), model.config.mask_px
     else:
         raise InputError(f"--method {config.method} is unknown. Choose la or one of {', '.join(BASELINES)}.")
     return (partial(with_flips, method) if config.flips else method), name, mask_px
 
 
-def _variant(model: LabelAnything, config: EvaluateConfig) -> Method:
+def _variant(model: Model, config: EvaluateConfig) -> Method:
     if config.background == "learned" and not config.pool_draws:
         return model
 
@@ -52,7 +56,7 @@ def _variant(model: LabelAnything, config: EvaluateConfig) -> Method:
     return method
 
 
-def load_checkpoint(config: EvaluateConfig, store: FeatureStore, device: torch.device) -> tuple[LabelAnything, str]:
+def load_checkpoint(config: EvaluateConfig, store: FeatureStore, device: torch.device) -> tuple[Model, str]:
     """The model of `config.checkpoint`, or of the fold's last run, and its name; raises as `find_method` does."""
     path = config.checkpoint or latest_run(config, store.key)
     path = path / "best.pt" if path.is_dir() else path

@@ -98,6 +98,8 @@ def test_a_hybrid_is_fitted_to_the_training_photos_and_evaluated_from_its_checkp
     assert not torch.equal(fitted, torch.eye(len(fitted)))
     score = evaluate(EvaluateConfig(workspace=workspace, checkpoint=run.checkpoint, seeds=1, episodes=4, threads=1))
     assert score.method.startswith("hybrid@")
+    with pytest.raises(InputError, match="no token pool"):
+        evaluate(EvaluateConfig(workspace=workspace, checkpoint=run.checkpoint, pool_draws=2))
 
 
 def test_a_finished_run_is_not_repeated(workspace):
