@@ -107,7 +107,7 @@ class Matching(nn.Module):
         return views
 
     def _add(self, views: "list[_View]", cover: Tensor, batch: EpisodeBatch) -> None:
-        """Add a batch's pairs to the views, and to `cover` (2, B * C) the sum of their mean weights and their number."""
+        """Add a batch's pairs to the views, and to `cover` (2, B * C) the sum of their mean weights and their count."""
         support = self._units(batch.support)
         shown = (batch.pairs.slot % batch.slots.shape[1] > 0).nonzero()[:, 0]  # the background's pairs have no prompts
         weights = self.completion(batch, support)
