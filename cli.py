@@ -431,8 +431,8 @@ def evaluate(
 def profile(
     shots: Annotated[str, typer.Option(help="Support images of each class, such as 1,2,5,10.")] = "1,2,5,10",
     methods: Annotated[
-        str, typer.Option(help="Some of la, affinity (dense, as in DCAMA), prototype, parts and ridge.")
-    ] = "la,affinity",
+        str, typer.Option(help="Some of la, hybrid, affinity (dense, as in DCAMA), prototype, parts, ridge.")
+    ] = "la,hybrid,affinity",
     preset: Annotated[str, typer.Option(help="LA of random weights: paper, official or debug.")] = "official",
     checkpoint: Annotated[Path | None, typer.Option(help="A run's folder or checkpoint, in place of --preset.")] = None,
     fold: FoldOption = 0,

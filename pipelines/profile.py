@@ -30,6 +30,7 @@ PAPER = {
 }
 PAPER_NAMES = {"affinity": "DCAMA", "la": "LA"}
 MEMORY_BAR = 5.0  # affinity's memory over LA's, beyond the features
+HYBRID_MEMORY, HYBRID_SECONDS = 1.5, 2.0  # at most, of the hybrid over LA
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,15 @@ class ProfileResult:
                 f"memory beyond the features at {most} shots, affinity over la: {ratio:.1f}, bar at least "
                 f"{MEMORY_BAR:g}: {verdict}"
             )
+        found = {(row.method, row.shots): row for row in self.rows if not row.backbone}
+        la, hybrid = found.get(("la", most)), found.get(("hybrid", most))
+        if la and hybrid and la.seconds and hybrid.seconds:
+            for name, ratio, bar in (
+                ("memory with the features", hybrid.with_episode_mb / la.with_episode_mb, HYBRID_MEMORY),
+                ("seconds", hybrid.seconds / la.seconds, HYBRID_SECONDS),
+            ):
+                verdict = "kept" if ratio <= bar else "MISSED"
+                lines.append(f"{name} at {most} shots, hybrid over la: {ratio:.2f}, bar at most {bar:g}: {verdict}")
         for method in dict.fromkeys(row.method for row in self.rows):
             growth = self.ratio((method, most), (method, few))
             if few < most and growth is not None:
@@ -164,9 +174,11 @@ def _row(cell: Cell, missing: str | None) -> ProfileRow:
 
 
 def _check(cell: Cell, shots: list[int], methods: list[str]) -> None:
-    unknown = [name for name in methods if name != "la" and name not in BASELINES]
+    unknown = [name for name in methods if name not in ("la", "hybrid", *BASELINES)]
     if unknown or not methods:
-        raise InputError(f"--methods names {', '.join(unknown) or 'none'}; choose from la, {', '.join(BASELINES)}.")
+        raise InputError(
+            f"--methods names {', '.join(unknown) or 'none'}; choose from la, hybrid, {', '.join(BASELINES)}."
+        )
     if not shots or min(shots) < 1:
         raise InputError(f"--shots is {','.join(map(str, shots))!r}; expected numbers from 1 on, such as 1,2,5,10.")
     if cell.fold not in range(FOLDS):

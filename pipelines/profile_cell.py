@@ -43,7 +43,7 @@ class Cell:
     """One cell of the table: what is measured, and how."""
 
     store: Path
-    method: str  # "la" or the name of a baseline
+    method: str  # "la", "hybrid" or the name of a baseline
     shots: int
     backbone: bool  # from photos; else from features
     preset: str = "official"  # of LA, with random weights
@@ -51,7 +51,7 @@ class Cell:
     weights: Path | None = None  # of the backbone
     fold: int = 0
     repeats: int = 5
-    supports_at_once: int = 1  # through LA's prompt encoder; photos through the backbone, for all methods
+    supports_at_once: int = 1  # of LA and the hybrid; photos through the backbone, for all methods
     device: str = "auto"
     threads: int | None = None
 
@@ -107,9 +107,11 @@ def _method(cell: Cell, store: FeatureStore, device: torch.device) -> tuple[Run,
         batch = next(chunks())
         return BASELINES[cell.method](replace(batch, support=encode(batch.support), query=encode(query)))
 
-    if cell.method != "la":
+    if cell.method in BASELINES:
         return baseline, None
-    if cell.checkpoint:
+    if cell.method == "hybrid":
+        model = build(preset("hybrid", channels=store.info.channels)).to(device).eval()
+    elif cell.checkpoint:
         config = EvaluateConfig(
             workspace=cell.store.parents[1], checkpoint=cell.checkpoint, fold=cell.fold, classes="seen", split=SPLIT
         )
@@ -168,7 +170,7 @@ def _load(cell: Cell, episode: Episode, mask_px: int | None, device: torch.devic
     held = _Held(cell.store)
     held.hold(episode, (_Photos if cell.backbone else FeatureStore)(cell.store), device)
     builder, query, size = BatchBuilder(held, SPLIT, mask_px), held.table[:1], held.table.nbytes
-    if cell.method == "la":
+    if cell.method not in BASELINES:
         return lambda: (c.to(device) for c in builder.chunks([episode], cell.supports_at_once)), query, size
     batch = builder.pack([episode]).to(device)
     return lambda: iter([batch]), batch.query, size

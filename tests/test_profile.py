@@ -37,14 +37,17 @@ def test_every_cell_is_measured_and_written(workspace):
     written = json.loads((workspace / "artifacts" / "profile.json").read_text())
     rows = written["rows"]
     assert [(r["method"], r["shots"], r["backbone"]) for r in rows] == [
-        (method, shots, backbone) for backbone in (False, True) for method in ("la", "affinity") for shots in (1, 2)
+        (method, shots, backbone)
+        for backbone in (False, True)
+        for method in ("la", "hybrid", "affinity")
+        for shots in (1, 2)
     ]
-    for row in rows[:4]:
+    for row in rows[:6]:
         assert row["seconds"] > 0
         assert row["peak_mb"] >= row["loaded_mb"] > 0
         assert row["with_episode_mb"] > 0
         assert row["episode_mb"] == (5 * row["shots"] + 1) * 8 * 8 * 128 * 2 / 1e6  # float16 of supports and query
-    for row in rows[4:]:
+    for row in rows[6:]:
         assert row["seconds"] is None
         assert "Pass --weights FILE" in row["note"]
     assert printed.output.count("Pass --weights FILE") == 1
@@ -85,7 +88,7 @@ def test_a_peak_is_seen_after_it_is_over():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"methods": ["la", "dcama"]}, "--methods names dcama; choose from la, prototype"),
+        ({"methods": ["la", "dcama"]}, "--methods names dcama; choose from la, hybrid, prototype"),
         ({"shots": [0, 1]}, "--shots is '0,1'"),
         ({"fold": 4}, "--fold is 4"),
         ({"preset": "huge"}, "--preset huge is unknown"),
