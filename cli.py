@@ -38,6 +38,10 @@ FoldsOption = Annotated[str, typer.Option("--folds", help="COCO-20i folds, such 
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1; auto takes CUDA if there.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Torch threads of each process.")]
 RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Pairs of passes; the median counts.")]
+AlsoOption = Annotated[
+    list[Path] | None,
+    typer.Option(help="Workspace of another folder, featurized alike, to train on as well; may be given repeatedly."),
+]
 WaysOption = Annotated[int, typer.Option("--ways", min=1, help="Classes of an episode.")]
 ShotsOption = Annotated[int, typer.Option("--shots", min=1, help="Support images of each class.")]
 SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Sets of episodes; mean and std are over them.")]
@@ -267,6 +271,7 @@ def train(
     classes: Annotated[
         Literal["seen", "all"], typer.Option(help="all: train on the fold's test classes too, as in table 4.")
     ] = "seen",
+    also: AlsoOption = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and training episodes.")] = 0,
     workspace: WorkspaceOption = WORKSPACE,
     store: StoreOption = None,
@@ -287,6 +292,7 @@ def train(
             fold=fold,
             fold_lists=fold_lists,
             classes=classes,
+            also=[path.absolute() for path in also or ()],
             workers=workers,
             steps=steps,
             minutes=minutes,
@@ -564,6 +570,7 @@ def add_study(study: Study) -> None:
         lr: LrOption = None,
         batch_scale: BatchScaleOption = 1.0,
         dim: Annotated[int | None, typer.Option(help="Channels after the neck; default: the preset's.")] = None,
+        also: AlsoOption = None,
         variants: Annotated[
             str | None, typer.Option(help=f"Some of {commas(v.name for v in study.variants)}; default: all.")
         ] = None,
@@ -593,7 +600,8 @@ def add_study(study: Study) -> None:
                 folds=numbers(folds, "--folds"),
                 variants=variants.split(",") if variants else None,
                 train={"steps": steps, "minutes": minutes, "dim": dim}
-                | of_recipe(recipe or "small", batch_scale, lr=lr),
+                | of_recipe(recipe or "small", batch_scale, lr=lr)
+                | ({"also": [str(path.absolute()) for path in also]} if also else {}),
                 ways=numbers(ways, "--ways"),
                 shots=numbers(shots, "--shots"),
                 prompts=study.prompts,

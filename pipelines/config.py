@@ -76,6 +76,9 @@ class TrainConfig(Settings):
 
     workspace: Path
     store: str | None = None  # key of the feature store; None: the only one in the workspace
+    # Workspaces of other folders, featurized alike, whose photos are trained on as well. A folder's episodes are of the
+    # classes it labels; classes that stay unseen are left out of all.
+    also: tuple[Path, ...] = ()
     fold: int = 0  # fold whose classes stay unseen
     fold_lists: FoldLists = "interleaved"  # which classes are a fold, see la.folds
     classes: Literal["seen", "all"] = "seen"  # all: a generalist, which the test classes are not new to (table 4)

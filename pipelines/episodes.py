@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from la.episodes import MIN_AREA, Episode, Pair, Pool, Retrieve, evaluation_episode, training_episode
+from la.errors import InputError
 from la.folds import FoldLists, fold_classes
 from la.protocols import QueryDraw, protocol_of
 from la.retrieval import SupportIndex, descriptor
@@ -62,6 +63,7 @@ class Plan:
     query_draw: QueryDraw = "class"
     min_area: int = MIN_AREA
     selection: str = "random"  # or "nearest": how the supports of a class are chosen in testing
+    without: tuple[str, ...] = ()  # names of classes that are left out
 
     @property
     def name(self) -> str:
@@ -99,15 +101,36 @@ def evaluation_plan(config: EvaluateConfig, seed: int, fold_lists: FoldLists | N
     )
 
 
+def training_plan_of_another(config: TrainConfig, store: FeatureStore, other: FeatureStore) -> Plan:
+    """Training episodes on the photos of another store, of all classes it labels but those that stay unseen.
+
+    Raises InputError where its features are not like those of `store`.
+    """
+    for name in ("backbone", "weights", "image_size", "preprocessing", "layer"):
+        ours, theirs = (getattr(s.info.settings, name) for s in (store, other))
+        if ours != theirs:
+            raise InputError(
+                f"--also {other.path.parents[1]} was featurized with {name} {theirs}, but the store trained on with "
+                f"{ours}. Run `featurize` there with the same settings."
+            )
+    categories = store.dataset("train").categories
+    unseen = fold_classes(categories, config.fold, config.fold_lists)[1] if config.classes == "seen" else []
+    without = tuple(sorted(categories[c] for c in unseen))
+    return replace(training_plan(config), classes="all", without=without)
+
+
 @lru_cache(maxsize=8)
-def _pool(store: FeatureStore, split: str, fold: int, classes: str, lists: FoldLists, min_area: int) -> Pool:
+def _pool(
+    store: FeatureStore, split: str, fold: int, classes: str, lists: FoldLists, min_area: int, without: tuple[str, ...]
+) -> Pool:
     dataset = store.dataset(split)
     seen, unseen = fold_classes(dataset.categories, fold, lists)
-    return Pool(dataset, {"seen": seen, "unseen": unseen, "all": [*seen, *unseen]}[classes], min_area)
+    chosen = {"seen": seen, "unseen": unseen, "all": [*seen, *unseen]}[classes]
+    return Pool(dataset, [c for c in chosen if dataset.categories[c] not in without], min_area)
 
 
 def pool_of(plan: Plan, store: FeatureStore) -> Pool:
-    return _pool(store, plan.split, plan.fold, plan.classes, plan.fold_lists, plan.min_area)
+    return _pool(store, plan.split, plan.fold, plan.classes, plan.fold_lists, plan.min_area, plan.without)
 
 
 @lru_cache(maxsize=2)
@@ -117,12 +140,6 @@ def _retrieval(store: FeatureStore, split: str) -> Retrieve:
     descriptors = torch.cat([descriptor(store.read_batch([photo])) for photo in ids])
     place, index = {photo: n for n, photo in enumerate(ids)}, SupportIndex(ids, descriptors)
     return lambda query, among, count: index.nearest(descriptors[place[query]], count, among)
-
-
-def pool_of_shards(shards: "EpisodeShards", store: FeatureStore) -> Pool:
-    """The images and classes that written episodes were drawn from."""
-    plan = shards.manifest["plan"]
-    return _pool(store, plan["split"], plan["fold"], plan["classes"], plan["fold_lists"], plan["min_area"])
 
 
 def draw(plan: Plan, store: FeatureStore, group: int, start: int, stop: int) -> list[Episode]:

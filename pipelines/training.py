@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,12 +21,20 @@ from la.model import LabelAnything, ModelConfig, build, preset, save_state
 from la.schedules import factor
 from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig, TrainConfig
-from pipelines.episodes import EpisodeShards, Plan, ensure_episodes, evaluation_plan, training_plan
+from pipelines.episodes import (
+    EpisodeShards,
+    Plan,
+    ensure_episodes,
+    evaluation_plan,
+    pool_of,
+    training_plan,
+    training_plan_of_another,
+)
 from pipelines.evaluate import score
 from pipelines.objects import fit_matching
 from pipelines.predict_episodes import predictor
 from pipelines.store import FeatureStore
-from pipelines.workspace import Workspace, locked, write_text, write_whole
+from pipelines.workspace import Workspace, digest, locked, write_text, write_whole
 
 Report = Callable[[dict], None]
 REPORT_EVERY = 10  # steps
@@ -68,7 +77,8 @@ def train(config: TrainConfig, on_report: Report | None = None) -> TrainResult:
 def _train_in(run_dir: Path, config: TrainConfig, on_report: Report | None) -> None:
     if not (run_dir / "result.json").exists():
         store = FeatureStore(Workspace(config.workspace).find_store(config.store))
-        ensure_episodes(training_plan(config), store)
+        for plan, each in training_plans(config, store):
+            ensure_episodes(plan, each)
         ensure_episodes(validation_plan(config), store)
         write_text(run_dir / "config.json", config.model_dump_json(indent=1))
         if config.workers:
@@ -88,6 +98,17 @@ def steps_of_epochs(config: TrainConfig, epochs: float) -> int:
     store = FeatureStore(Workspace(config.workspace).find_store(config.store))
     per_step = max(1, config.workers) * sum(b for b, _, _ in config.batches) / len(config.batches)
     return max(1, round(epochs * len(store.image_ids("train")) / per_step))
+
+
+def training_plans(config: TrainConfig, store: FeatureStore) -> list[tuple[Plan, FeatureStore]]:
+    """The episodes to train on with the store of each: its own first, then those of the folders in `also`."""
+    others = [FeatureStore(Workspace(path).find_store()) for path in config.also]
+    return [(training_plan(config), store), *((training_plan_of_another(config, store, o), o) for o in others)]
+
+
+def digest_of(shards: list[EpisodeShards]) -> str:
+    """Of the episodes of one source its own digest, of several a digest of theirs."""
+    return shards[0].digest if len(shards) == 1 else digest([each.digest for each in shards])
 
 
 SWITCHES = (
@@ -126,16 +147,18 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
         torch.set_num_threads(config.threads)
     run_dir = run_dir_of(config)
     store = FeatureStore(Workspace(config.workspace).find_store(config.store))
-    shards = ensure_episodes(training_plan(config), store)
+    plans = training_plans(config, store)
+    shards = [ensure_episodes(plan, each) for plan, each in plans]
     validation = ensure_episodes(validation_plan(config), store)
     shape = model_config(config, store.info.channels)
+    builders = [BatchBuilder(each, "train", shape.mask_px) for _, each in plans]
     val_builder = BatchBuilder(store, "val", shape.mask_px)
     device = pick_device(config.device)
 
     torch.manual_seed(config.seed)
     plain = build(shape).to(device)
     if isinstance(plain, Hybrid) and not (run_dir / "last.pt").exists():
-        fit_matching(plain.matching, store, shards)
+        fit_matching(plain.matching, [(pool_of(*of), builder) for of, builder in zip(plans, builders, strict=True)])
     optimiser = torch.optim.AdamW(plain.parameters(), config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: factor(config.schedule, step, config.warmup_steps, config.steps)
@@ -157,7 +180,7 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
     started = since - at["seconds"]
     episodes = 0
     done = at["step"] >= config.steps
-    batches = read_ahead(config, shards, BatchBuilder(store, "train", shape.mask_px), worker, at["step"])
+    batches = read_ahead(config, list(zip(shards, builders, strict=True)), worker, at["step"])
     while not done:
         batch, truth = next(batches)
         batch, truth = batch.to(device), truth.to(device, non_blocking=True)
@@ -213,36 +236,39 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
             save(run_dir / "last.pt", checkpoint(average.module, config, store, at["step"]) | training)
     if worker.rank == 0:
         metrics = {"seen_miou": at["best"], "train_seconds": at["seconds"]}
-        result = {"step": at["step"], "metrics": metrics, "episodes_digest": shards.digest}
+        result = {"step": at["step"], "metrics": metrics, "episodes_digest": digest_of(shards)}
         write_text(run_dir / "result.json", json.dumps(result))
 
 
 def read_ahead(
-    config: TrainConfig, shards: EpisodeShards, builder: BatchBuilder, worker: Worker, step: int
+    config: TrainConfig, sources: list[tuple[EpisodeShards, BatchBuilder]], worker: Worker, step: int
 ) -> Iterator[tuple[EpisodeBatch, Tensor]]:
     """(batch, truth) of every step from `step` on, made by a thread while the step before runs.
 
-    Step s takes one (B, N, K) for all workers; batch i of the step goes to rank i. Each tuple has its own sequence of
-    batches, so shapes are equal on all ranks whatever their number.
+    Step s takes one source and one (B, N, K) for all workers; batch i of the step goes to rank i. Each source and
+    tuple has its own sequence of batches, so shapes are equal on all ranks whatever their number.
     """
-    groups = len(config.batches)
-    taken = [0] * groups
-    for past in range(step):
-        taken[_number(config.seed, past) % groups] += 1
+    taken: Counter[tuple[int, int]] = Counter()
     pinned = pick_device(config.device).type == "cuda"
 
-    def load(group: int, position: int) -> tuple[EpisodeBatch, Tensor]:
+    def kind_of(step: int) -> tuple[int, int]:
+        """(source, group) of a step."""
+        return _number(config.seed, step, "source") % len(sources), _number(config.seed, step) % len(config.batches)
+
+    def load(source: int, group: int, position: int) -> tuple[EpisodeBatch, Tensor]:
+        shards, builder = sources[source]
         drawn = shards.batch(group, position)
         batch, truth = builder.pack(drawn), builder.truth(drawn)
         return (batch.pin_memory(), truth.pin_memory()) if pinned else (batch, truth)
 
+    taken.update(kind_of(past) for past in range(step))
     with ThreadPoolExecutor(1) as executor:
         ahead = []
         while True:
             while len(ahead) < 2:
-                group = _number(config.seed, step) % groups
-                ahead.append(executor.submit(load, group, taken[group] * worker.world + worker.rank))
-                taken[group] += 1
+                kind = kind_of(step)
+                ahead.append(executor.submit(load, *kind, taken[kind] * worker.world + worker.rank))
+                taken[kind] += 1
                 step += 1
             yield ahead.pop(0).result()
 
@@ -258,6 +284,6 @@ def save(path: Path, content: dict) -> None:
     write_whole(path, lambda temporary: torch.save(content, temporary))
 
 
-def _number(*parts: int) -> int:
+def _number(*parts: int | str) -> int:
     """A number below 2**53 that is a pure function of `parts`."""
     return int(random.Random("/".join(map(str, parts))).random() * 2**53)

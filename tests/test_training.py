@@ -25,7 +25,7 @@ from pipelines.methods import find_method, latest_run
 from pipelines.official import import_official
 from pipelines.predict_episodes import predictor
 from pipelines.store import FeatureStore
-from pipelines.training import Worker, read_ahead, run_dir_of, train, train_loop
+from pipelines.training import Worker, read_ahead, run_dir_of, train, train_loop, training_plans
 from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS
 
 
@@ -102,6 +102,55 @@ def test_a_hybrid_is_fitted_to_the_training_photos_and_evaluated_from_its_checkp
         evaluate(EvaluateConfig(workspace=workspace, checkpoint=run.checkpoint, pool_draws=2))
 
 
+@pytest.fixture(scope="module")
+def another(tmp_path_factory):
+    """A workspace of other scenes, featurized alike."""
+    root = tmp_path_factory.mktemp("another")
+    scenes = draw_scenes(root / "scenes", train_images=60, val_images=10)
+    settings = {"backbone": BACKBONE, "weights": WEIGHTS, "image_size": IMAGE_SIZE}
+    featurize(FeaturizeConfig(workspace=root, coco_dir=scenes, **settings))
+    return root
+
+
+def test_training_on_two_folders_takes_both_and_leaves_unseen_classes_out_of_both(workspace, another):
+    config = settings(workspace, also=(another,), fold=1, preset="hybrid")
+    store = FeatureStore(next((workspace / "features").iterdir()))
+    plans = training_plans(config, store)
+    categories = store.dataset("train").categories
+    unseen = {categories[c] for c in fold_classes(categories, 1)[1]}
+    assert set(plans[1][0].without) == unseen
+    drawn = [{c for e in ensure_episodes(plan, of) for c in e.classes} for plan, of in plans]
+    for classes, (_, of) in zip(drawn, plans, strict=True):
+        assert classes
+        assert not {of.dataset("train").categories[c] for c in classes} & unseen
+    photos = [[], []]
+
+    class Queries:
+        def __init__(self, number):
+            self.number = number
+
+        def pack(self, episodes):
+            photos[self.number].extend(e.query for e in episodes)
+
+        def truth(self, episodes):
+            return None
+
+    sources = [(ensure_episodes(plan, of), Queries(n)) for n, (plan, of) in enumerate(plans)]
+    batches = read_ahead(config, sources, Worker(), 0)
+    for _ in range(20):
+        next(batches)
+    assert all(photos)
+    assert train(config).step == 12
+    evaluate(EvaluateConfig(workspace=workspace, fold=1, checkpoint=run_dir_of(config), seeds=1, episodes=2))
+
+
+def test_a_folder_of_other_features_is_not_trained_on(workspace, another, tmp_path):
+    scenes, size = another / "scenes", IMAGE_SIZE // 2
+    featurize(FeaturizeConfig(workspace=tmp_path, coco_dir=scenes, backbone=BACKBONE, weights=WEIGHTS, image_size=size))
+    with pytest.raises(InputError, match=r"--also .* was featurized with image_size"):
+        train(settings(workspace, also=(tmp_path,)))
+
+
 def test_a_finished_run_is_not_repeated(workspace):
     config = settings(workspace)
     first = train(config)
@@ -124,7 +173,7 @@ def test_all_ranks_have_one_shape_in_a_step_and_share_no_episode(workspace):
             return None
 
     def steps(rank, world):
-        batches = read_ahead(config, shards, Names(), Worker(rank, world), 0)
+        batches = read_ahead(config, [(shards, Names())], Worker(rank, world), 0)
         return [next(batches)[0] for _ in range(10)]
 
     alone, first, second = steps(0, 1), steps(0, 2), steps(1, 2)
@@ -147,7 +196,7 @@ def test_resumed_reading_takes_up_the_same_batches(workspace):
             return None
 
     def take(start, count):
-        batches = read_ahead(config, shards, Indices(), Worker(), start)
+        batches = read_ahead(config, [(shards, Indices())], Worker(), start)
         return [next(batches)[0] for _ in range(count)]
 
     assert take(0, 9)[5:] == take(5, 4)
