@@ -20,6 +20,7 @@ from la.batch import EpisodeBatch
 from la.matching import Matching
 
 UPSCALE = 4  # of the logits, as in the mask decoder
+BIASES = (0.0, 0.5, 1.0, 1.5, 2.0)  # to choose from
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,6 @@ class HybridConfig:
     objectness: int = 4  # channels of the view of the query that all classes share; 0: none
     spatial_convs: bool = True
     drop_maps: float = 0.4  # share of the matching maps that training leaves out, so that it learns to use them all
-    # Added to the logits of classes outside training: on new classes the decoder is less sure than on those it has
-    # seen, and IoU asks for more of a doubtful object than likelihood does.
-    foreground_bias: float = 2.0
     mask_px: int | None = None  # side of mask prompts; None: four cells to a feature cell
 
 
@@ -52,6 +50,9 @@ class Hybrid(nn.Module):
             if config.objectness
             else None
         )
+        # Added to the logits of classes outside training, where the decoder is less sure than on what it has seen;
+        # chosen in validation.
+        self.register_buffer("foreground_bias", torch.tensor(0.0))
         self.decoder = MapDecoder(self.matching.maps + config.objectness, config.dim, config.spatial_convs)
 
     def forward(self, batch: EpisodeBatch, seeds: Sequence[int] | None = None) -> Tensor:
@@ -69,7 +70,7 @@ class Hybrid(nn.Module):
             maps = torch.cat((maps, looks[:, None].expand(-1, maps.shape[1], -1, -1, -1)), 2)
         logits = self.decoder(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
         if not self.training:
-            logits = logits + self.config.foreground_bias
+            logits = logits + self.foreground_bias
         logits = F.pad(logits, (0, 0, 0, 0, 1, 0))
         logits = F.interpolate(logits, scale_factor=UPSCALE, mode="bilinear", align_corners=False)
         return logits.masked_fill(~slots[:, :, None, None], -1e4)

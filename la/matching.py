@@ -58,8 +58,8 @@ class Matching(nn.Module):
 
     `prototypes`: cosines to the class and to the rest of its supports, and their difference standardised over the
     query. `affinity`: log odds of the coverage that a query token reads from all support tokens, over those of the
-    mean coverage. `metric`: both once more in the object metric. Last, two numbers: the logs of the covered share of
-    the supports and of the number of classes.
+    mean coverage. `metric`: both once more in the object metric. Last, three numbers: the logs of the covered share of
+    the supports, of the number of classes, and of the number of shots.
     """
 
     def __init__(self, channels: int, prototypes: bool = True, affinity: bool = True, metric: bool = True):
@@ -67,7 +67,7 @@ class Matching(nn.Module):
         self.prototypes, self.affinity = prototypes, affinity
         self.metric = ObjectMetric(channels) if metric else None
         self.completion = PromptCompletion()
-        self.maps = (1 + metric) * (3 * prototypes + affinity) + 2
+        self.maps = (1 + metric) * (3 * prototypes + affinity) + 3
 
     @torch.no_grad()
     def forward(self, batch: EpisodeBatch | Iterable[EpisodeBatch]) -> Tensor:
@@ -88,7 +88,7 @@ class Matching(nn.Module):
                 maps += view.of_prototypes() if self.prototypes else []
                 maps += view.of_affinity(share) if self.affinity else []
         ways = first.slots.sum(1).sub(1).to(share).repeat_interleave(c)
-        numbers = (share.clamp(min=EPSILON).log() / 4, ways.clamp(min=1).log())
+        numbers = (share.clamp(min=EPSILON).log() / 4, ways.clamp(min=1).log(), cover[1].clamp(min=1).log())
         maps += [number[:, None].expand(-1, h * w) for number in numbers]
         shown = first.slots & (torch.arange(c, device=device) > 0)
         return torch.stack(maps, 1).view(b, c, self.maps, h, w) * shown[:, :, None, None, None]

@@ -36,7 +36,7 @@ def batch_of(*pairs, query=100, supports=(1,), classes=(7,)):
 
 def test_matching_finds_the_half_that_the_mask_shows():
     maps = Matching(3)(batch_of(Pair(0, 0, (1,), (), ())))
-    assert maps.shape == (1, 2, 10, 4, 4)
+    assert maps.shape == (1, 2, 11, 4, 4)
     assert (maps[:, 0] == 0).all()
     likeness = LEFT @ RIGHT / LEFT.square().sum()
     cosine = maps[0, 1, 0]  # the query is mirrored: its right half is what the support shows on the left
@@ -46,7 +46,7 @@ def test_matching_finds_the_half_that_the_mask_shows():
         assert (maps[0, 1, number, :, 2:] > 0).all()
         assert (maps[0, 1, number, :, :2] < 0).all()
     torch.testing.assert_close(maps[0, 1, 8], torch.full((4, 4), 0.5).log() / 4)
-    torch.testing.assert_close(maps[0, 1, 9], torch.zeros(4, 4))  # one way
+    torch.testing.assert_close(maps[0, 1, 9:], torch.zeros(2, 4, 4))  # one way, one shot
 
 
 def test_an_affinity_over_two_shots_is_the_softmax_over_the_tokens_of_both():
