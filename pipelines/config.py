@@ -14,7 +14,7 @@ Prompt = Literal["mask", "point", "box", "point_box", "mixed"]
 # (B, N, K) of a training batch on one worker (section 5.2)
 PAPER_BATCHES = ((4, 1, 4), (2, 4, 2), (8, 1, 2), (4, 2, 2), (4, 4, 1), (16, 1, 1))
 OFFICIAL_BATCHES = ((2, 1, 4), (2, 4, 2), (2, 1, 2), (4, 2, 2), (4, 4, 1), (16, 1, 1))
-HYBRID_BATCHES = ((16, 1, 1), (8, 2, 1), (4, 4, 1), (4, 1, 5))
+HYBRID_BATCHES = ((12, 1, 1), (8, 1, 5), (6, 2, 1), (3, 4, 1))
 # Settings that belong together; those that are given win over the recipe's.
 RECIPES: dict[str, dict[str, Any]] = {
     "small": {},  # the defaults below, found on a few hundred photos

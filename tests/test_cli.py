@@ -45,7 +45,7 @@ def test_the_smallest_demo_makes_tables_picture_and_runs(demo):
     for words in ("Table 5", "Table 6", "prototype", "python cli.py ui --workspace"):
         assert words in output
     assert (root / "artifacts" / "demo-episodes.png").stat().st_size > 20_000
-    assert len(list((root / "runs" / "sweeps").glob("*/*.csv"))) == 2
+    assert len(list((root / "runs" / "sweeps").glob("*/*.csv"))) == 3
 
 
 def test_a_second_demo_repeats_nothing(demo):
