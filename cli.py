@@ -281,7 +281,7 @@ def train(
 ) -> None:
     """Train LA on the 60 seen classes of a fold. Killed and started again, it goes on from the last checkpoint."""
     with mistakes():
-        from pipelines.config import TrainConfig
+        from pipelines.config import TrainConfig, default_recipe
         from pipelines.tracking import log_training
         from pipelines.training import steps_of_epochs
         from pipelines.training import train as run
@@ -297,7 +297,7 @@ def train(
             steps=steps,
             minutes=minutes,
             **of_recipe(
-                recipe or ("hybrid" if preset == "hybrid" else "small"),
+                recipe or default_recipe(preset),
                 batch_scale,
                 lr=lr,
                 class_weights=class_weights,

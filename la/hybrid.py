@@ -39,7 +39,7 @@ class HybridConfig:
 
 
 class Hybrid(nn.Module):
-    """Takes and gives what `LabelAnything` does; `matching.fit` comes before training."""
+    """Takes and gives what `LabelAnything` does; the metric and completion of `matching` are fitted before training."""
 
     def __init__(self, config: HybridConfig):
         super().__init__()

@@ -43,6 +43,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ema": 0.98,
     },
 }
+
+
+def default_recipe(preset: str | None) -> str:
+    """The recipe of a preset where none is named."""
+    return "hybrid" if preset == "hybrid" else "small"
+
+
 PROMPTS: tuple[Prompt, ...] = ("mask", "point", "box", "point_box")  # of the paper's table 6
 
 
@@ -127,7 +134,7 @@ class TrainConfig(Settings):
     def _follow_recipe(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        recipe = given.get("recipe") or ("hybrid" if given.get("preset") == "hybrid" else "small")
+        recipe = given.get("recipe") or default_recipe(given.get("preset"))
         return RECIPES.get(recipe, {}) | given | {"recipe": recipe}
 
     @property

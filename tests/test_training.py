@@ -34,8 +34,11 @@ from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory):
     """A workspace with features of a few scenes."""
-    root = tmp_path_factory.mktemp("study")
-    scenes = draw_scenes(root / "scenes", train_images=80, val_images=48)
+    return featurized_scenes(tmp_path_factory.mktemp("study"), train_images=80, val_images=48)
+
+
+def featurized_scenes(root, **counts):
+    scenes = draw_scenes(root / "scenes", **counts)
     settings = {"backbone": BACKBONE, "weights": WEIGHTS, "image_size": IMAGE_SIZE}
     featurize(FeaturizeConfig(workspace=root, coco_dir=scenes, **settings))
     return root
@@ -122,11 +125,7 @@ def test_a_hybrids_checkpoint_is_evaluated_as_any_other(workspace):
 @pytest.fixture(scope="module")
 def another(tmp_path_factory):
     """A workspace of other scenes, featurized alike."""
-    root = tmp_path_factory.mktemp("another")
-    scenes = draw_scenes(root / "scenes", train_images=60, val_images=10)
-    settings = {"backbone": BACKBONE, "weights": WEIGHTS, "image_size": IMAGE_SIZE}
-    featurize(FeaturizeConfig(workspace=root, coco_dir=scenes, **settings))
-    return root
+    return featurized_scenes(tmp_path_factory.mktemp("another"), train_images=60, val_images=10)
 
 
 def test_training_on_two_folders_takes_both_and_leaves_unseen_classes_out_of_both(workspace, another):
