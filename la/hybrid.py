@@ -8,7 +8,6 @@ into that class's logit; the background's is 0. As every class passes through th
 are free.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,6 @@ from la.batch import EpisodeBatch
 from la.matching import Matching
 
 UPSCALE = 4  # of the logits, as in the mask decoder
-BIASES = (0.0, 0.5, 1.0, 1.5, 2.0)  # to choose from
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class HybridConfig:
     """What a hybrid is made of; saved in every checkpoint."""
 
     channels: int = 768  # Dv, channels of the backbone's features
-    dim: int = 16  # channels of the decoder
+    dim: int = 32  # channels of the decoder
     match_prototypes: bool = True
     match_affinity: bool = True
     object_metric: bool = True
@@ -50,27 +48,22 @@ class Hybrid(nn.Module):
             if config.objectness
             else None
         )
-        # Added to the logits of classes outside training, where the decoder is less sure than on what it has seen;
-        # chosen in validation.
-        self.register_buffer("foreground_bias", torch.tensor(0.0))
-        self.decoder = MapDecoder(self.matching.maps + config.objectness, config.dim, config.spatial_convs)
+        self.decoder = MapDecoder(self.matching.votes, config.objectness, config.dim, config.spatial_convs)
 
     def forward(self, batch: EpisodeBatch, seeds: Sequence[int] | None = None) -> Tensor:
         """Logits (B, C, 4h, 4w), slot 0 the background; `seeds` draw the maps that training leaves out."""
-        maps = self.matching(batch)
-        if self.training and seeds is not None:
-            maps = maps * self._kept(seeds).to(maps)[:, None, :, None, None]
-        return self.decode(batch.query, maps, batch.slots)
+        kept = self._kept(seeds) if self.training and seeds is not None else None
+        return self.decode(batch.query, self.matching(batch), batch.slots, kept)
 
-    def decode(self, query: Tensor, maps: Tensor, slots: Tensor) -> Tensor:
-        """Query features (B, h, w, Dv), maps (B, C, K, h, w), slots (B, C) -> logits (B, C, 4h, 4w)."""
+    def decode(self, query: Tensor, maps: Tensor, slots: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Query (B, h, w, Dv), maps (B, C, K, h, w), slots (B, C), kept (B, K) bool -> logits (B, C, 4h, 4w)."""
         maps = maps[:, 1:].to(self.decoder.out.weight.dtype)
+        b, classes = maps.shape[:2]
+        seen = maps if kept is None else maps * kept.to(maps)[:, None, :, None, None]
         if self.objectness is not None:
             looks = self.objectness(query.to(maps.dtype)).movedim(-1, 1)
-            maps = torch.cat((maps, looks[:, None].expand(-1, maps.shape[1], -1, -1, -1)), 2)
-        logits = self.decoder(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
-        if not self.training:
-            logits = logits + self.foreground_bias
+            seen = torch.cat((seen, looks[:, None].expand(-1, classes, -1, -1, -1)), 2)
+        logits = self.decoder(maps.flatten(0, 1), seen.flatten(0, 1)).unflatten(0, (b, classes))
         logits = F.pad(logits, (0, 0, 0, 0, 1, 0))
         logits = F.interpolate(logits, scale_factor=UPSCALE, mode="bilinear", align_corners=False)
         return logits.masked_fill(~slots[:, :, None, None], -1e4)
@@ -86,18 +79,26 @@ class Hybrid(nn.Module):
 
 
 class MapDecoder(nn.Module):
-    """Maps of one class to its logit, token by token; with `spatial_convs` tokens see their neighbours as well."""
+    """Maps of one class to its logit: a weighted sum of them, plus what a few layers add to it.
 
-    def __init__(self, maps: int, dim: int, spatial_convs: bool):
+    The sum starts at the votes of the maps: a handful of weights and a threshold, which carry over to new classes. The
+    layers start at nothing, and training leaves out some of the maps that they see. With `spatial_convs` tokens see
+    their neighbours as well.
+    """
+
+    def __init__(self, votes: Sequence[float], looks: int, dim: int, spatial_convs: bool):
         super().__init__()
-        self.mix = nn.Conv2d(maps, dim, 1)
+        self.calibration = nn.Conv2d(len(votes), 1, 1)
+        self.mix = nn.Conv2d(len(votes) + looks, dim, 1)
         self.spatial = nn.Conv2d(dim, dim, 3, padding=1) if spatial_convs else None
         self.out = nn.Conv2d(dim, 1, 1)
-        nn.init.constant_(self.out.bias, math.log(0.15 / 0.85))  # an object covers about so much of a photo
+        self.calibration.weight.data.copy_(torch.tensor(votes)[None, :, None, None])
+        for start in (self.calibration.bias, self.out.weight, self.out.bias):
+            nn.init.zeros_(start)
 
-    def forward(self, maps: Tensor) -> Tensor:
-        """(B, K, h, w) -> (B, h, w)."""
-        mixed = F.gelu(self.mix(maps))
+    def forward(self, maps: Tensor, seen: Tensor) -> Tensor:
+        """All maps (B, K, h, w) and what the layers see, (B, K + looks, h, w) -> (B, h, w)."""
+        mixed = F.gelu(self.mix(seen))
         if self.spatial is not None:
             mixed = mixed + F.gelu(self.spatial(mixed))
-        return self.out(mixed)[:, 0]
+        return (self.calibration(maps) + self.out(mixed))[:, 0]

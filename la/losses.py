@@ -42,7 +42,7 @@ def focal_loss(logits: Tensor, truth: Tensor, gamma: float = 2.0, class_weights:
     return ((loss * weight).sum((1, 2)) / over.sum((1, 2)).clamp(min=1)).mean()
 
 
-def iou_loss(logits: Tensor, truth: Tensor, slots: Tensor, likelihood: float = 0.3) -> Tensor:
+def iou_loss(logits: Tensor, truth: Tensor, slots: Tensor, likelihood: float = 0.1) -> Tensor:
     """1 - the mean soft IoU of an episode's classes, plus `likelihood` x the cross entropy of its pixels.
 
     logits (B, C, H, W), truth (B, H, W) long with IGNORED pixels left out, slots (B, C) bool. Classes count alike

@@ -6,7 +6,7 @@ n x n entries; they are made for a few pairs at a time and never kept.
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from la.baselines import box_coverage, mask_coverage, point_coverage
 from la.batch import EpisodeBatch
 
 PAIRS_AT_ONCE = 8  # whose affinities are in memory together
-TEMPERATURE = 0.1  # of affinities
+TEMPERATURES = (0.1, 0.05)  # of affinities
 SMOOTHING = 0.07  # temperature at which a query token takes after the tokens that resemble it
 EPSILON = 1e-4  # shares are kept so far from 0 and 1, where log odds are infinite
 
@@ -56,10 +56,10 @@ class ObjectMetric(nn.Module):
 class Matching(nn.Module):
     """Query against supports, by masked-average prototypes and by affinity, as maps (B, C, K, h, w); slot 0 is zeros.
 
-    `prototypes`: cosines to the class and to the rest of its supports, and their difference standardised over the
-    query. `affinity`: log odds of the coverage that a query token reads from all support tokens, over those of the
-    mean coverage. `metric`: both once more in the object metric. Last, three numbers: the logs of the covered share of
-    the supports, of the number of classes, and of the number of shots.
+    `prototypes`: cosines to the class and to the rest of its supports, with `metric` once more in the object metric.
+    `affinity`: log odds of the coverage that a query token reads from all support tokens, over those of the mean
+    coverage, at each of `TEMPERATURES`; in the object metric where there is one. Last, three numbers: the logs of the
+    covered share of the supports, of the number of classes, and of the number of shots.
     """
 
     def __init__(self, channels: int, prototypes: bool = True, affinity: bool = True, metric: bool = True):
@@ -67,7 +67,10 @@ class Matching(nn.Module):
         self.prototypes, self.affinity = prototypes, affinity
         self.metric = ObjectMetric(channels) if metric else None
         self.completion = PromptCompletion()
-        self.maps = (1 + metric) * (3 * prototypes + affinity) + 3
+        # What each map says for the class before anything is learned: an affinity is a quarter of its log odds.
+        cosines = (1.0, -1.0) * (1 + metric) * prototypes
+        self.votes = (*cosines, *(4 / len(TEMPERATURES) for _ in TEMPERATURES if affinity), 0.0, 0.0, 0.0)
+        self.maps = len(self.votes)
 
     @torch.no_grad()
     def forward(self, batch: EpisodeBatch | Iterable[EpisodeBatch]) -> Tensor:
@@ -79,16 +82,20 @@ class Matching(nn.Module):
         first = next(chunks)
         device, (b, c), (h, w) = first.query.device, first.slots.shape, first.query.shape[1:3]
         with torch.autocast(device.type, enabled=False):  # bfloat16 cannot tell cosines near 1 apart
-            views, cover = self._views(self._units(first.query), c), self.completion.point.new_zeros(2, b * c)
+            query = self._units(first.query)
+            smooth = self._in_metric(smoothed(query))
+            seen = _Sums(b, c, query)
             for chunk in itertools.chain([first], chunks):
-                self._add(views, cover, chunk)
-            share = cover[0] / cover[1].clamp(min=1)
+                self._add(seen, smooth, chunk)
             maps: list[Tensor] = []
-            for view in views:
-                maps += view.of_prototypes() if self.prototypes else []
-                maps += view.of_affinity(share) if self.affinity else []
+            if self.prototypes:
+                maps += seen.cosines(query, seen.covered)
+                maps += seen.cosines(smooth, self._in_metric(seen.covered)) if self.metric is not None else []
+            share = seen.cover[0] / seen.cover[1].clamp(min=1)
+            if self.affinity:
+                maps += seen.odds(share)
         ways = first.slots.sum(1).sub(1).to(share).repeat_interleave(c)
-        numbers = (share.clamp(min=EPSILON).log() / 4, ways.clamp(min=1).log(), cover[1].clamp(min=1).log())
+        numbers = (share.clamp(min=EPSILON).log() / 4, ways.clamp(min=1).log(), seen.cover[1].clamp(min=1).log())
         maps += [number[:, None].expand(-1, h * w) for number in numbers]
         shown = first.slots & (torch.arange(c, device=device) > 0)
         return torch.stack(maps, 1).view(b, c, self.maps, h, w) * shown[:, :, None, None, None]
@@ -97,55 +104,57 @@ class Matching(nn.Module):
         """(B, h, w, D) -> unit features (B, n, D)."""
         return F.normalize(features.to(self.completion.point.dtype), dim=-1).flatten(1, 2)
 
-    def _views(self, query: Tensor, slots: int) -> "list[_View]":
-        views = [_View(query, query, slots, lambda units: units)]
-        if self.metric is not None:
-            # a token alone says little of the object it is part of: it takes after the tokens that resemble it
-            alike = torch.exp((query @ query.transpose(1, 2) - 1) / SMOOTHING)
-            smooth = self.metric(F.normalize(alike @ query, dim=-1))
-            views.append(_View(self.metric(query), smooth, slots, self.metric))
-        return views
+    def _in_metric(self, features: Tensor) -> Tensor:
+        units = F.normalize(features, dim=-1)
+        return units if self.metric is None else self.metric(units)
 
-    def _add(self, views: "list[_View]", cover: Tensor, batch: EpisodeBatch) -> None:
-        """Add a batch's pairs to the views, and to `cover` (2, B * C) the sum of their mean weights and their count."""
+    def _add(self, seen: "_Sums", smooth: Tensor, batch: EpisodeBatch) -> None:
         support = self._units(batch.support)
+        mapped = self._in_metric(support) if self.affinity else support  # once, however many classes a photo shows
         shown = (batch.pairs.slot % batch.slots.shape[1] > 0).nonzero()[:, 0]  # the background's pairs have no prompts
         weights = self.completion(batch, support)
         for some in shown.split(PAIRS_AT_ONCE):
-            slot, weight, tokens = batch.pairs.slot[some], weights[some], support[batch.pair_support[some]]
-            cover.index_add_(1, slot, torch.stack((weight.mean(1), torch.ones_like(weight[:, 0]))))
-            for view in views:
-                view.add(slot, weight, tokens)
+            slot, weight, photo = batch.pairs.slot[some], weights[some], batch.pair_support[some]
+            seen.add(slot, weight, support[photo])
+            if self.affinity:
+                seen.attend(slot, weight, smooth, mapped[photo])
 
 
-class _View:
-    """Query tokens, those that meet prototypes, both (B, n, D), and sums over the annotated pairs seen so far."""
+class _Sums:
+    """Over the annotated pairs seen so far, by slot: what all maps are made of."""
 
-    def __init__(self, query: Tensor, meeting: Tensor, slots: int, metric: Callable[[Tensor], Tensor]):
-        self.query, self.meeting, self.slots, self.metric = query, meeting, slots, metric
-        b, n, d = query.shape
-        self.covered = query.new_zeros(2, b * slots, d)  # support tokens of each slot, and the rest of its supports
-        self.read = query.new_zeros(2, b * slots, n)  # coverage that query tokens read, and by how much attention
+    def __init__(self, b: int, slots: int, query: Tensor):
+        n, d = query.shape[1:]
+        self.slots = slots
+        self.cover = query.new_zeros(2, b * slots)  # mean weights of the pairs, and their number
+        self.covered = query.new_zeros(2, b * slots, d)  # support tokens of the class, and the rest of its supports
+        # of each temperature, the coverage that query tokens read and by how much attention
+        self.read = query.new_zeros(len(TEMPERATURES), b * slots, n, 2)
 
     def add(self, slot: Tensor, weight: Tensor, tokens: Tensor) -> None:
         """p pairs: slot (p,), weight (p, n) in 0..1, unit tokens (p, n, D)."""
-        sums = torch.stack((weight, 1 - weight)).unsqueeze(2) @ tokens
-        self.covered.index_add_(1, slot, sums[:, :, 0])
+        self.cover.index_add_(1, slot, torch.stack((weight.mean(1), torch.ones_like(weight[:, 0]))))
+        sums = torch.stack((weight, 1 - weight), 1) @ tokens
+        self.covered.index_add_(1, slot, sums.transpose(0, 1))
+
+    def attend(self, slot: Tensor, weight: Tensor, query: Tensor, tokens: Tensor) -> None:
+        """The same p pairs; unit query tokens (B, n, D) and support tokens (p, n, D) in the space of affinity."""
         # cosines are 1 at most, so the largest exponent is known and no second pass over the shots is needed
-        scores = self.query[slot // self.slots] @ self.metric(tokens).transpose(1, 2)
-        scores = torch.exp((scores - 1) / TEMPERATURE)
-        self.read.index_add_(1, slot, torch.stack(((scores @ weight[..., None])[..., 0], scores.sum(-1))))
+        cosines = query[slot // self.slots] @ tokens.transpose(1, 2) - 1
+        values = torch.stack((weight, torch.ones_like(weight)), 2)
+        for number, temperature in enumerate(TEMPERATURES):
+            self.read[number].index_add_(0, slot, (cosines / temperature).exp_() @ values)
 
-    def of_prototypes(self) -> list[Tensor]:
-        """(B * C, n) each."""
-        ready = self.metric(F.normalize(self.covered, dim=-1)).unflatten(1, (-1, self.slots))
-        of_class, of_rest = (self.meeting @ ready.transpose(2, 3)).transpose(2, 3).flatten(1, 2)
-        return [of_class, of_rest, standardised(of_class - of_rest)]
+    def cosines(self, query: Tensor, prototypes: Tensor) -> list[Tensor]:
+        """Unit query tokens (B, n, D), prototypes (2, B * C, D) -> of the class and of the rest, (B * C, n) each."""
+        ready = F.normalize(prototypes, dim=-1).unflatten(1, (-1, self.slots))
+        return list((query @ ready.transpose(2, 3)).transpose(2, 3).flatten(1, 2))
 
-    def of_affinity(self, share: Tensor) -> list[Tensor]:
-        """(B * C, n), given the mean weight of each slot's pairs (B * C,)."""
-        seen = (self.read[0] / self.read[1].clamp(min=1e-30)).clamp(EPSILON, 1 - EPSILON)
-        return [(seen.logit() - share.clamp(EPSILON, 1 - EPSILON).logit()[:, None]) / 4]
+    def odds(self, share: Tensor) -> list[Tensor]:
+        """Of each temperature (B * C, n), given the mean weight of each slot's pairs (B * C,)."""
+        coverage = self.read[..., 0] / self.read[..., 1].clamp(min=1e-30)
+        expected = share.clamp(EPSILON, 1 - EPSILON).logit()[:, None]
+        return list((coverage.clamp(EPSILON, 1 - EPSILON).logit() - expected) / 4)
 
 
 class PromptCompletion(nn.Module):
@@ -219,12 +228,7 @@ def _most_alike(image: Tensor, cells: Tensor) -> Tensor:
     return (image @ keys.transpose(1, 2)).masked_fill(marked[:, None] == 0, -1.0).amax(-1)
 
 
-def standardised(x: Tensor) -> Tensor:
-    """(..., n) with mean 0 and deviation 1 over the last dimension."""
-    x = x - x.mean(-1, keepdim=True)
-    return x / (x.square().mean(-1, keepdim=True).sqrt() + 1e-3)
-
-
-def _summed(values: Tensor, slot: Tensor, total: int) -> Tensor:
-    """(P, ...) -> (total, ...), the sum over the pairs of each slot."""
-    return values.new_zeros(total, *values.shape[1:]).index_add(0, slot, values)
+def smoothed(units: Tensor) -> Tensor:
+    """Unit tokens (B, n, D), each the mean of those that resemble it: one token says little of the object it is of."""
+    alike = torch.exp((units @ units.transpose(1, 2) - 1) / SMOOTHING)
+    return F.normalize(alike @ units, dim=-1)

@@ -36,7 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "hybrid": {  # of the hybrid preset, found on a few hundred photos
         "batches": HYBRID_BATCHES,
-        "lr": 1e-3,
+        "lr": 3e-3,
         "warmup_steps": 30,
         "loss": "iou",
         "flips": True,

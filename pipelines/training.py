@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from la.batch import EpisodeBatch
 from la.device import autocast, pick_device
-from la.hybrid import BIASES, Hybrid, HybridConfig
+from la.hybrid import Hybrid, HybridConfig
 from la.losses import focal_loss, iou_loss
 from la.model import LabelAnything, ModelConfig, build, preset, save_state
 from la.schedules import factor
@@ -221,7 +221,8 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
                 "seconds": at["seconds"],
             }
             if validating:
-                metrics["seen_miou"] = validate(average.module, validation, val_builder, device)
+                predict = predictor(average.module, val_builder, device)
+                metrics["seen_miou"] = score(predict, validation, val_builder, device).miou()
                 if metrics["seen_miou"] > at["best"]:
                     at["best"] = metrics["seen_miou"]
                     save(run_dir / "best.pt", checkpoint(average.module, config, store, at["step"]))
@@ -237,25 +238,6 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
         metrics = {"seen_miou": at["best"], "train_seconds": at["seconds"]}
         result = {"step": at["step"], "metrics": metrics, "episodes_digest": digest_of(shards)}
         write_text(run_dir / "result.json", json.dumps(result))
-
-
-def validate(
-    model: LabelAnything | Hybrid, episodes: EpisodeShards, builder: BatchBuilder, device: torch.device
-) -> float:
-    """mIoU in percent; of a hybrid with the foreground bias that is best, which it keeps."""
-
-    def miou() -> float:
-        return score(predictor(model, builder, device), episodes, builder, device).miou()
-
-    if not isinstance(model, Hybrid):
-        return miou()
-    scores = {}
-    for bias in BIASES:
-        model.foreground_bias.fill_(bias)
-        scores[bias] = miou()
-    best = max(scores, key=scores.get)
-    model.foreground_bias.fill_(best)
-    return scores[best]
 
 
 def read_ahead(

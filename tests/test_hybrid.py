@@ -9,7 +9,7 @@ from la.coco import IGNORED
 from la.episodes import Episode, Pair
 from la.errors import InputError
 from la.losses import iou_loss
-from la.matching import Matching, ObjectMetric, PromptCompletion, standardised
+from la.matching import Matching, ObjectMetric, PromptCompletion, smoothed
 from la.model import build, load_state, preset, save_state
 from pipelines.config import TrainConfig
 from pipelines.training import model_config
@@ -36,27 +36,29 @@ def batch_of(*pairs, query=100, supports=(1,), classes=(7,)):
 
 def test_matching_finds_the_half_that_the_mask_shows():
     maps = Matching(3)(batch_of(Pair(0, 0, (1,), (), ())))
-    assert maps.shape == (1, 2, 11, 4, 4)
+    assert maps.shape == (1, 2, 9, 4, 4)
     assert (maps[:, 0] == 0).all()
     likeness = LEFT @ RIGHT / LEFT.square().sum()
     cosine = maps[0, 1, 0]  # the query is mirrored: its right half is what the support shows on the left
     torch.testing.assert_close(cosine[:, 2:], torch.ones(4, 2))
     torch.testing.assert_close(cosine[:, :2], likeness.expand(4, 2))
-    for number in (2, 3, 6, 7):  # standardised difference and affinity, in the features and in the metric
-        assert (maps[0, 1, number, :, 2:] > 0).all()
-        assert (maps[0, 1, number, :, :2] < 0).all()
-    torch.testing.assert_close(maps[0, 1, 8], torch.full((4, 4), 0.5).log() / 4)
-    torch.testing.assert_close(maps[0, 1, 9:], torch.zeros(2, 4, 4))  # one way, one shot
+    difference = maps[0, 1, 0:4:2] - maps[0, 1, 1:4:2]  # of class and rest, in the features and in the metric
+    for seen in (*difference, *maps[0, 1, 4:6]):  # and affinity at two temperatures
+        assert (seen[:, 2:] > 0).all()
+        assert (seen[:, :2] < 0).all()
+    torch.testing.assert_close(maps[0, 1, 6], torch.full((4, 4), 0.5).log() / 4)
+    torch.testing.assert_close(maps[0, 1, 7:], torch.zeros(2, 4, 4))  # one way, one shot
 
 
 def test_an_affinity_over_two_shots_is_the_softmax_over_the_tokens_of_both():
     pairs = (Pair(0, 0, (1,), (), ()), Pair(1, 0, (1,), (), ()))
     batch = batch_of(*pairs, supports=(1, 101))
-    unit_query, unit_support = (F.normalize(x, dim=-1) for x in (batch.query[0], batch.support))
-    scores = (unit_query.flatten(0, 1) @ unit_support.flatten(0, 2).T / 0.1).softmax(-1)
-    read = scores @ left_mask(0, ())[::4, ::4].flatten().repeat(2)
-    odds = (read.clamp(1e-4, 1 - 1e-4).logit() - torch.tensor(0.5).logit()) / 4
-    torch.testing.assert_close(Matching(3)(batch)[0, 1, 3].flatten(), odds, atol=1e-5, rtol=1e-4)
+    unit_query, unit_support = (F.normalize(x, dim=-1) for x in (batch.query.flatten(1, 2), batch.support))
+    for number, temperature in ((4, 0.1), (5, 0.05)):
+        scores = (smoothed(unit_query)[0] @ unit_support.flatten(0, 2).T / temperature).softmax(-1)
+        read = scores @ left_mask(0, ())[::4, ::4].flatten().repeat(2)
+        odds = (read.clamp(1e-4, 1 - 1e-4).logit() - torch.tensor(0.5).logit()) / 4
+        torch.testing.assert_close(Matching(3)(batch)[0, 1, number].flatten(), odds, atol=1e-5, rtol=1e-4)
 
 
 def test_more_shots_than_fit_in_memory_at_once_give_the_same_maps(monkeypatch):
@@ -123,10 +125,18 @@ def test_the_object_metric_forgets_what_varies_within_a_class():
     assert told_apart(metric(objects)) > told_apart(objects) + 0.1
 
 
-def test_standardised_maps_have_mean_0_and_deviation_1():
-    made = standardised(torch.randn(3, 50) * 7 + 2)
-    torch.testing.assert_close(made.mean(-1), torch.zeros(3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(made.std(-1, unbiased=False), torch.ones(3), atol=1e-3, rtol=0)
+def test_smoothed_tokens_take_after_their_like():
+    units = F.normalize(torch.tensor([[[1.0, 0.0, 0.1], [1.0, 0.1, 0.0], [0.0, 1.0, 0.0]]]), dim=-1)
+    first, second, other = smoothed(units)[0]
+    assert first @ second > units[0, 0] @ units[0, 1]
+    assert other @ units[0, 2] > 0.999
+
+
+def test_before_training_a_hybrid_votes_as_its_maps_do():
+    model, batch = build(preset("hybrid", channels=3, objectness=0)), batch_of(Pair(0, 0, (1,), (), ()))
+    maps = Matching(3)(batch)[:, 1]
+    votes = maps[:, 0] - maps[:, 1] + maps[:, 2] - maps[:, 3] + 2 * maps[:, 4] + 2 * maps[:, 5]
+    torch.testing.assert_close(model.decoder(maps, maps), votes)
 
 
 def test_the_iou_loss_is_0_for_certain_truth_and_counts_classes_alike_whatever_their_size():
@@ -159,6 +169,7 @@ def test_the_iou_loss_leaves_out_ignored_pixels_and_slots_that_an_episode_has_no
 def test_maps_are_left_out_by_an_episodes_own_seed_and_only_in_training():
     torch.manual_seed(0)
     model, batch = build(preset("hybrid", channels=3)), batch_of(Pair(0, 0, (1,), (), ()))
+    torch.nn.init.ones_(model.decoder.out.weight)  # the layers start at nothing
     model.train()
     assert torch.equal(model(batch, [5]), model(batch, [5]))
     assert not torch.equal(model(batch, [5]), model(batch, [6]))

@@ -138,9 +138,9 @@ def test_a_given_learning_rate_wins_over_a_variants_own(tmp_path):
         return {job.variant.name: job.train.lr for job in jobs if job.train}
 
     # the hybrid is another kind of model: what is given for LA is not for it
-    assert rates() == {"complete": 3e-4, "official": 1e-4, "hybrid": 1e-3}
-    assert rates(lr=7e-6) == {"complete": 7e-6, "official": 7e-6, "hybrid": 1e-3}
-    assert rates(recipe="official") == {"complete": 5e-5, "official": 5e-5, "hybrid": 1e-3}
+    assert rates() == {"complete": 3e-4, "official": 1e-4, "hybrid": 3e-3}
+    assert rates(lr=7e-6) == {"complete": 7e-6, "official": 7e-6, "hybrid": 3e-3}
+    assert rates(recipe="official") == {"complete": 5e-5, "official": 5e-5, "hybrid": 3e-3}
 
 
 def test_the_hybrid_without_each_ingredient_has_a_table_of_its_own(tmp_path):

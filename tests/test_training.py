@@ -1,7 +1,6 @@
 """Training: shapes equal on all ranks, resume, two workers, and that it learns."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ import torch.multiprocessing as mp
 from la.baselines import BASELINES
 from la.errors import InputError
 from la.folds import fold_classes
-from la.hybrid import BIASES
 from la.metrics import FewShotIoU
-from la.model import LabelAnything, build
+from la.model import LabelAnything
 from la.model import preset as preset_of
 from la.official import to_official
 from la.protocols import PROTOCOLS
@@ -101,17 +99,6 @@ def test_a_hybrid_is_fitted_to_the_training_photos_and_evaluated_from_its_checkp
     run = train(settings(workspace, preset="hybrid"))
     fitted = weights_of(run.checkpoint)["matching.metric.map"]
     assert not torch.equal(fitted, torch.eye(len(fitted)))
-    assert weights_of(run.checkpoint)["foreground_bias"].item() in BIASES
-
-
-def test_a_hybrid_keeps_the_foreground_bias_that_validates_best(monkeypatch):
-    import pipelines.training as module
-
-    model = build(preset_of("hybrid", channels=4))
-    scored = SimpleNamespace(miou=lambda: 30 - (model.foreground_bias.item() - 1.5) ** 2)
-    monkeypatch.setattr(module, "score", lambda *_: scored)
-    assert module.validate(model, None, None, torch.device("cpu")) == 30
-    assert model.foreground_bias == 1.5
 
 
 def test_a_hybrids_checkpoint_is_evaluated_as_any_other(workspace):
