@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import cli
+from commands import bench, studies
 from tests.conftest import browser_page
 
 ROOT = Path(__file__).parents[1]
@@ -27,8 +28,8 @@ def demo(tmp_path_factory):
 
 
 def verbs():
-    groups = {"": cli.app, "sweep ": cli.sweep_app, "bench ": cli.bench_app}
-    for group, app in groups.items():
+    plain = [("", part.app) for part in cli.PARTS]
+    for group, app in [*plain, ("sweep ", studies.sweep_app), ("bench ", bench.app)]:
         for command in app.registered_commands:
             yield f"{group}{command.name or command.callback.__name__}"
 

@@ -1,0 +1,1 @@
+"""The verbs of the shell: each parses, calls one function and prints."""

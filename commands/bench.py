@@ -1,0 +1,122 @@
+"""Speed as a ratio, both sides measured in one run."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from commands.common import (
+    WORKSPACE,
+    BackboneOption,
+    CocoOption,
+    FoldOption,
+    RepeatsOption,
+    SizeOption,
+    StoreOption,
+    ThreadsOption,
+    WeightsOption,
+    WorkspaceOption,
+    console,
+    mistakes,
+)
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+
+
+@app.command("featurize")
+def bench_featurize(
+    coco_dir: CocoOption,
+    backbone: BackboneOption = "vit_base_patch16_224.mae",
+    weights: WeightsOption = None,
+    image_size: SizeOption = 480,
+    images: Annotated[int, typer.Option(min=8, help="Photos of each pass.")] = 32,
+    repeats: RepeatsOption = 3,
+) -> None:
+    """The whole of featurizing against calling the bare backbone on decoded photos."""
+    with mistakes():
+        from pipelines.bench import bench_featurize as run
+
+        show_bench(run(coco_dir, backbone, weights, image_size, images=images, repeats=repeats))
+
+
+@app.command("store")
+def bench_store(
+    images: Annotated[int, typer.Option(min=8, help="Photos of each pass.")] = 300,
+    repeats: RepeatsOption = 5,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+) -> None:
+    """Reading a photo's features at random against copying them from a raw memory map."""
+    with mistakes():
+        from pipelines.bench import bench_store as run
+        from pipelines.workspace import Workspace
+
+        show_bench(run(Workspace(workspace).find_store(store), images=images, repeats=repeats))
+
+
+@app.command("episodes")
+def bench_episodes(
+    fold: FoldOption = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Passes; the median counts.")] = 5,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+) -> None:
+    """Episodes drawn a second on one core, training (the mix of B, N, K) and testing."""
+    with mistakes():
+        from pipelines.bench import bench_episodes as run
+        from pipelines.workspace import Workspace
+
+        show_bench(run(Workspace(workspace).find_store(store), fold, repeats=repeats))
+
+
+@app.command("model")
+def bench_model(
+    preset: Annotated[str, typer.Option(help="paper, official or debug.")] = "official",
+    repeats: RepeatsOption = 5,
+    threads: ThreadsOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+) -> None:
+    """Annotated pairs packed against the dense grid of supports and classes; the memory of 1 and of 20 shots."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler talks of its set-up otherwise
+    with mistakes():
+        import torch
+
+        from pipelines.bench_model import bench_model as run
+        from pipelines.workspace import Workspace
+
+        if threads:
+            torch.set_num_threads(threads)
+        results = run(Workspace(workspace).find_store(store), preset, repeats)
+        for result in results:
+            console.print(str(result), highlight=False, markup=False)
+        if not all(result.passed for result in results):
+            raise typer.Exit(1)
+
+
+@app.command("evaluate")
+def bench_evaluate(
+    preset: Annotated[str, typer.Option(help="paper, official, hybrid or debug.")] = "paper",
+    count: Annotated[int, typer.Option("--episodes", min=1, help="1-way 1-shot episodes.")] = 1000,
+    repeats: RepeatsOption = 1,
+    threads: ThreadsOption = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+) -> None:
+    """Evaluation against one episode at a time through the same model."""
+    with mistakes():
+        import torch
+
+        from pipelines.bench import bench_evaluate as run
+        from pipelines.workspace import Workspace
+
+        if threads:
+            torch.set_num_threads(threads)
+        show_bench(run(Workspace(workspace).find_store(store), preset, count, repeats))
+
+
+def show_bench(result) -> None:
+    """Print a measurement; exit code 1 where it misses its bar."""
+    console.print(str(result), highlight=False, markup=False)
+    if not result.passed:
+        raise typer.Exit(1)

@@ -1,0 +1,145 @@
+"""Photos to features, features to episodes."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from commands.common import (
+    WORKSPACE,
+    BackboneOption,
+    CocoOption,
+    DeviceOption,
+    EpisodesOption,
+    FoldsOption,
+    PromptOption,
+    SeedsOption,
+    SizeOption,
+    StoreOption,
+    SupportsOption,
+    ThreadsOption,
+    WeightsOption,
+    WorkspaceOption,
+    console,
+    mistakes,
+    numbers,
+    progress_bar,
+)
+
+app = typer.Typer()
+
+
+@app.command()
+def featurize(
+    coco_dir: CocoOption,
+    backbone: BackboneOption = "vit_base_patch16_224.mae",
+    weights: WeightsOption = None,
+    image_size: SizeOption = 480,
+    workers: Annotated[int, typer.Option(min=0, help="Ray Data workers; 0 works in this process.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Photos at once through the ViT.")] = 8,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out photos that cannot be read.")] = False,
+    train_split: Annotated[str | None, typer.Option(help="Such as train2014; default: the newest there.")] = None,
+    val_split: Annotated[str | None, typer.Option(help="Such as val2014; default: the newest there.")] = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Turn every photo into features once, with a frozen ViT. Done twice, there is nothing to do."""
+    with mistakes():
+        from pipelines.config import FeaturizeConfig
+        from pipelines.featurize import featurize as run
+
+        report = run(
+            FeaturizeConfig(
+                workspace=workspace,
+                coco_dir=coco_dir,
+                backbone=backbone,
+                weights=weights,
+                image_size=image_size,
+                workers=workers,
+                batch_size=batch_size,
+                skip_bad=skip_bad,
+                train_split=train_split,
+                val_split=val_split,
+                device=device,
+                threads=threads,
+            ),
+            console,
+        )
+        rate = f" at {report.images_per_second:.2f} images/s" if report.made else ""
+        console.print(
+            f"{report.made} photos featurized{rate}, {report.already} there already, {len(report.skipped)} skipped"
+        )
+        for name, reason in report.skipped.items():
+            console.print(f"  skipped {name}: {reason}", highlight=False, markup=False)
+        console.print(f"store: {report.store}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def episodes(
+    folds: FoldsOption = "0,1,2,3",
+    train_batches: Annotated[int, typer.Option(min=1, help="Training batches of each fold.")] = 4000,
+    ways: Annotated[str, typer.Option(help="Ways of the test episodes, such as 1,2.")] = "1,2",
+    shots: Annotated[str, typer.Option(help="Shots of the test episodes, such as 1,5.")] = "1",
+    prompt: PromptOption = "mask",
+    supports: SupportsOption = "fixed",
+    seeds: SeedsOption = 5,
+    count: EpisodesOption = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the training episodes.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that draw; the episodes are the same.")] = 0,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+) -> None:
+    """Draw COCO-20i episodes into Parquet shards. Later verbs draw what they miss, so this one is for looking first."""
+    with mistakes():
+        from pipelines.config import EvaluateConfig, TrainConfig
+        from pipelines.episodes import ensure_episodes, evaluation_plan, training_plan
+        from pipelines.store import FeatureStore
+        from pipelines.workspace import Workspace
+
+        features = FeatureStore(Workspace(workspace).find_store(store))
+        plans = []
+        for fold in numbers(folds, "--folds"):
+            trained = TrainConfig(workspace=workspace, fold=fold, seed=seed, train_batches=train_batches)
+            plans.append(training_plan(trained))
+            for n in numbers(ways, "--ways"):
+                for k in numbers(shots, "--shots"):
+                    tested = EvaluateConfig(
+                        workspace=workspace,
+                        fold=fold,
+                        ways=n,
+                        shots=k,
+                        prompt=prompt,
+                        supports=supports,
+                        episodes=count,
+                    )
+                    plans += [evaluation_plan(tested, s) for s in range(seeds)]
+        table = Table("fold", "for", "classes", "ways", "shots", "seed", "episodes", "drawn", "skipped", "digest")
+        reasons: dict[str, str] = {}
+        with progress_bar() as bar:
+            task = bar.add_task("episode sets", total=len(plans))
+            for plan in plans:
+                manifest = ensure_episodes(plan, features, workers).manifest
+                names = features.dataset(plan.split).categories
+                for category, reason in manifest["classes_skipped"].items():
+                    where = f"fold {plan.fold} {plan.split} {plan.classes}"
+                    reasons[f"{where}: {names[int(category)]}"] = reason
+                mixed = plan.prompt is None
+                table.add_row(
+                    str(plan.fold),
+                    "training" if mixed else "testing",
+                    plan.classes,
+                    "mixed" if mixed else str(plan.batches[0][1]),
+                    "mixed" if mixed else str(plan.batches[0][2]),
+                    str(plan.seed),
+                    str(manifest["episodes"]),
+                    str(len(manifest["classes_drawn"])),
+                    str(len(manifest["classes_skipped"])),
+                    manifest["digest"][:8],
+                )
+                bar.advance(task)
+        console.print(table)
+        if reasons:
+            console.print(f"{len(reasons)} classes skipped for want of images that show at least 32x32 px of them:")
+            for where, reason in reasons.items():
+                console.print(f"  {where}: {reason}", highlight=False)
