@@ -275,8 +275,10 @@ def read_ahead(
 
 def checkpoint(model: LabelAnything | Hybrid, config: TrainConfig, store: FeatureStore, step: int) -> dict:
     """What evaluation and prediction need: the model, the fold it has not seen, the features it was trained on."""
+    made_by = store.info.settings.model_dump(include={"backbone", "weights", "image_size", "preprocessing", "layer"})
+    features = made_by | {"weights_digest": store.info.weights_digest, "grid": list(store.info.grid)}
     origin = {"fold": config.fold, "store": store.key, "step": step, "train_config": config.model_dump_json()}
-    return save_state(model) | origin
+    return save_state(model) | origin | {"features": features}
 
 
 def save(path: Path, content: dict) -> None:
