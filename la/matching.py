@@ -7,6 +7,7 @@ n x n entries; they are made for a few pairs at a time and never kept.
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -80,13 +81,29 @@ class Matching(nn.Module):
         """
         chunks = iter([batch] if isinstance(batch, EpisodeBatch) else batch)
         first = next(chunks)
-        device, (b, c), (h, w) = first.query.device, first.slots.shape, first.query.shape[1:3]
-        with torch.autocast(device.type, enabled=False):  # bfloat16 cannot tell cosines near 1 apart
-            query = self._units(first.query)
+        supports = (self.annotated(chunk) for chunk in itertools.chain([first], chunks))
+        return self.match(first.query, first.slots, supports)
+
+    @torch.no_grad()
+    def annotated(self, batch: EpisodeBatch) -> "Annotated":
+        """What matching needs of the supports of a batch, whatever the query."""
+        with torch.autocast(batch.support.device.type, enabled=False):  # bfloat16 cannot tell cosines near 1 apart
+            support = self._units(batch.support)
+            mapped = self._in_metric(support) if self.affinity else support  # once, however many classes a photo shows
+            shown = (batch.pairs.slot % batch.slots.shape[1] > 0).nonzero()[:, 0]  # background pairs have no prompts
+            weights = self.completion(batch, support)
+            return Annotated(batch.pairs.slot[shown], batch.pair_support[shown], weights[shown], support, mapped)
+
+    @torch.no_grad()
+    def match(self, query: Tensor, slots: Tensor, supports: Iterable["Annotated"]) -> Tensor:
+        """query (B, h, w, D), slots (B, C) bool and the annotated supports, in chunks -> (B, C, K, h, w)."""
+        (b, c), (h, w) = slots.shape, query.shape[1:3]
+        with torch.autocast(query.device.type, enabled=False):
+            query = self._units(query)
             smooth = self._in_metric(smoothed(query))
             seen = _Sums(b, c, query)
-            for chunk in itertools.chain([first], chunks):
-                self._add(seen, smooth, chunk)
+            for some in supports:
+                self._add(seen, smooth, some)
             maps: list[Tensor] = []
             if self.prototypes:
                 maps += seen.cosines(query, seen.covered)
@@ -94,10 +111,10 @@ class Matching(nn.Module):
             share = seen.cover[0] / seen.cover[1].clamp(min=1)
             if self.affinity:
                 maps += seen.odds(share)
-        ways = first.slots.sum(1).sub(1).to(share).repeat_interleave(c)
+        ways = slots.sum(1).sub(1).to(share).repeat_interleave(c)
         numbers = (share.clamp(min=EPSILON).log() / 4, ways.clamp(min=1).log(), seen.cover[1].clamp(min=1).log())
         maps += [number[:, None].expand(-1, h * w) for number in numbers]
-        shown = first.slots & (torch.arange(c, device=device) > 0)
+        shown = slots & (torch.arange(c, device=query.device) > 0)
         return torch.stack(maps, 1).view(b, c, self.maps, h, w) * shown[:, :, None, None, None]
 
     def _units(self, features: Tensor) -> Tensor:
@@ -108,16 +125,23 @@ class Matching(nn.Module):
         units = F.normalize(features, dim=-1)
         return units if self.metric is None else self.metric(units)
 
-    def _add(self, seen: "_Sums", smooth: Tensor, batch: EpisodeBatch) -> None:
-        support = self._units(batch.support)
-        mapped = self._in_metric(support) if self.affinity else support  # once, however many classes a photo shows
-        shown = (batch.pairs.slot % batch.slots.shape[1] > 0).nonzero()[:, 0]  # the background's pairs have no prompts
-        weights = self.completion(batch, support)
-        for some in shown.split(PAIRS_AT_ONCE):
-            slot, weight, photo = batch.pairs.slot[some], weights[some], batch.pair_support[some]
-            seen.add(slot, weight, support[photo])
+    def _add(self, seen: "_Sums", smooth: Tensor, supports: "Annotated") -> None:
+        for some in torch.arange(len(supports.slot), device=smooth.device).split(PAIRS_AT_ONCE):
+            slot, weight, photo = supports.slot[some], supports.weight[some], supports.photo[some]
+            seen.add(slot, weight, supports.tokens[photo])
             if self.affinity:
-                seen.attend(slot, weight, smooth, mapped[photo])
+                seen.attend(slot, weight, smooth, supports.mapped[photo])
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """L supports with p annotated pairs as matching sees them: nothing here depends on a query."""
+
+    slot: Tensor  # (p,) long, episode * C + slot
+    photo: Tensor  # (p,) long, the pair's support
+    weight: Tensor  # (p, n) in 0..1, how much each support token belongs to the class
+    tokens: Tensor  # (L, n, D) unit features
+    mapped: Tensor  # (L, n, D) in the space of affinity
 
 
 class _Sums:
