@@ -1,5 +1,6 @@
 """What the verbs share: options, the console, and how mistakes are told."""
 
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from la.errors import InputError
+from pipelines.notice import Stopped
 
 console = Console()
 
@@ -18,6 +20,24 @@ WorkspaceOption = Annotated[
     Path, typer.Option("--workspace", envvar="LA_WORKSPACE", help="Folder of everything a study makes.")
 ]
 StoreOption = Annotated[str | None, typer.Option("--store", help="Key of the feature store, if there are several.")]
+
+
+def _join(address: str | None) -> str | None:
+    """Every part that starts Ray reads RAY_ADDRESS, in worker processes as well."""
+    if address:
+        os.environ["RAY_ADDRESS"] = address
+    return address
+
+
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        callback=_join,
+        help="Ray cluster: auto, host:port, ray://host:10001, or local for a Ray of this job's own (the default; "
+        "RAY_ADDRESS says it as well).",
+    ),
+]
 FoldOption = Annotated[int, typer.Option("--fold", help="COCO-20i fold, 0 to 3; its 20 classes stay unseen.")]
 FoldsOption = Annotated[str, typer.Option("--folds", help="COCO-20i folds, such as 0 or 0,1,2,3.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1; auto takes CUDA if there.")]
@@ -77,6 +97,9 @@ def mistakes():
         told = str(error) if isinstance(error, InputError) else wrong_setting(error)
         Console(stderr=True).print("error:", told, style="red", highlight=False, soft_wrap=True, markup=False)
         raise typer.Exit(2) from error
+    except Stopped as stopped:
+        Console(stderr=True).print(stopped, style="yellow", highlight=False, soft_wrap=True, markup=False)
+        raise typer.Exit(stopped.exit_code) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; the same command goes on where it was")
         raise typer.Exit(130) from None

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from commands.common import (
     WORKSPACE,
+    AddressOption,
     BackboneOption,
     CocoOption,
     DeviceOption,
@@ -38,6 +39,7 @@ def featurize(
     workers: Annotated[int, typer.Option(min=0, help="Ray Data workers; 0 works in this process.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Photos at once through the ViT.")] = 8,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out photos that cannot be read.")] = False,
+    address: AddressOption = None,
     train_split: Annotated[str | None, typer.Option(help="Such as train2014; default: the newest there.")] = None,
     val_split: Annotated[str | None, typer.Option(help="Such as val2014; default: the newest there.")] = None,
     workspace: WorkspaceOption = WORKSPACE,

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from commands.common import (
     WORKSPACE,
+    AddressOption,
     AlsoOption,
     BatchScaleOption,
     DeviceOption,
@@ -40,6 +41,7 @@ app = typer.Typer()
 def train(
     fold: FoldOption = 0,
     workers: Annotated[int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process.")] = 0,
+    address: AddressOption = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimisation steps.")] = 2000,
     epochs: Annotated[
         float | None, typer.Option(help="Instead of --steps; one epoch is as many episodes as training photos.")
@@ -49,6 +51,9 @@ def train(
     lr: LrOption = None,
     batch_scale: BatchScaleOption = 1.0,
     val_every: Annotated[int, typer.Option(min=1, help="Steps between validations on seen classes.")] = 250,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=1, help="Steps between checkpoints: what a kill can lose.")
+    ] = 100,
     preset: Annotated[
         str, typer.Option(help="paper (1.4 M parameters), official (10.1 M), hybrid (matching maps) or debug (tiny).")
     ] = "paper",
@@ -87,7 +92,11 @@ def train(
     threads: ThreadsOption = None,
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile; pays on long runs on a GPU.")] = False,
 ) -> None:
-    """Train LA on the 60 seen classes of a fold. Killed and started again, it goes on from the last checkpoint."""
+    """Train LA on the 60 seen classes of a fold. Killed and started again, it goes on from the last checkpoint.
+
+    On SIGTERM or SIGUSR1 (Slurm, spot instances) it writes one after the step under way and ends with exit code 143 or
+    138; of the workers, send it to this process.
+    """
     with mistakes():
         from pipelines.config import TrainConfig, default_recipe
         from pipelines.tracking import log_training
@@ -112,6 +121,7 @@ def train(
                 warmup_steps=warmup_steps,
             ),
             val_every=val_every,
+            checkpoint_every=checkpoint_every,
             preset=preset,
             dim=dim,
             token_pool=token_pool,

@@ -9,6 +9,7 @@ import typer
 
 from commands.common import (
     WORKSPACE,
+    AddressOption,
     AlsoOption,
     BatchScaleOption,
     DeviceOption,
@@ -56,6 +57,7 @@ def add_study(study: Study) -> None:
         concurrent: Annotated[
             int | None, typer.Option(min=1, help="Trials at once; default: as many as CPUs and GPUs take.")
         ] = None,
+        address: AddressOption = None,
         gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of each trial; a fraction shares one.")] = None,
         workspace: WorkspaceOption = WORKSPACE,
         store: StoreOption = None,
@@ -137,6 +139,7 @@ def demo(
     smallest: Annotated[
         bool, typer.Option("--smallest", help="Run the line in a minute; its scores say nothing.")
     ] = False,
+    address: AddressOption = None,
 ) -> None:
     """The whole line on scenes drawn on the spot, without a download: about three minutes on two cores."""
     with mistakes():

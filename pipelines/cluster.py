@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from la.errors import InputError
+
 CODE = Path(__file__).parents[1]
 
 
@@ -13,7 +15,8 @@ CODE = Path(__file__).parents[1]
 def ray_session() -> Iterator[None]:
     """Use the Ray that runs in this process, or start one (or join that of RAY_ADDRESS) and leave it at the end.
 
-    Workers find the project's code by PYTHONPATH, because their working directory is a temporary folder.
+    RAY_ADDRESS, which --address sets, is local, auto, host:port or ray://host:port. Workers find the project's code by
+    PYTHONPATH, because their working directory is a temporary folder. Raises InputError where no cluster answers.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # each report waits for a health check
     import ray
@@ -22,13 +25,22 @@ def ray_session() -> Iterator[None]:
         yield
         return
     path = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))
-    ray.init(
-        address=os.environ.get("RAY_ADDRESS") or "local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        runtime_env={"env_vars": {"PYTHONPATH": path}},
-    )
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    # of a Ray started here; what a cluster has was said when it was started
+    own = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": {"PYTHONPATH": path}},
+            **own,
+        )
+    except (ConnectionError, TimeoutError) as error:
+        raise InputError(
+            f"--address {address} (or RAY_ADDRESS): no Ray cluster answers there ({error}). Start one with `ray start "
+            "--head`, see deploy/, or leave it out to work on this machine alone."
+        ) from error
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from la.hybrid import Hybrid
 from la.model import LabelAnything, load_state
 from la.protocols import protocol_of
 from la.test_time import averaged_over_draws, with_background_prompts, with_flips
+from pipelines.checkpoints import DamagedCheckpoint, load
 from pipelines.config import EvaluateConfig
 from pipelines.store import FeatureStore
 from pipelines.workspace import Workspace
@@ -63,7 +64,13 @@ def load_checkpoint(config: EvaluateConfig, store: FeatureStore, device: torch.d
     if not path.is_file():
         raise InputError(f"--checkpoint {path} is not there. Pass a run's folder or its best.pt.")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load(path)
+    except DamagedCheckpoint as error:
+        raise InputError(
+            f"--checkpoint: {error} Run the same `train` command again, which restores best.pt from the run's last.pt, "
+            "or choose another checkpoint."
+        ) from error
+    try:
         model = load_state(saved).to(device).eval()
     except Exception as error:
         raise InputError(f"--checkpoint {path} is not a Label Anything checkpoint ({error}).") from error

@@ -10,7 +10,7 @@ from torch import Tensor
 from la.errors import InputError
 from la.model import LabelAnything, load_state, save_state
 from la.official import from_official, to_official
-from pipelines.training import save
+from pipelines.checkpoints import save
 from pipelines.workspace import write_whole
 
 HUB = "hf://"

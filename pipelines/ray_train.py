@@ -1,30 +1,87 @@
-"""Training on several workers: Ray Train starts them, joins them by DDP, and starts them again when one dies."""
+"""Training on several workers: Ray Train starts them, joins them by DDP, and starts them again when one dies.
+
+What dies restarts from the run folder's last checkpoint, however often, as long as there is a new one in between.
+"""
 
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from la.device import pick_device
+from la.errors import InputError
+from pipelines.checkpoints import LAST, full_disk_told
 from pipelines.cluster import ray_session
 from pipelines.config import TrainConfig
+from pipelines.notice import Notice, notice
 from pipelines.workspace import Workspace
 
-RESTARTS = 3  # of all workers after one has died; each goes on from the last checkpoint
+STARTS = 4  # in a row from one checkpoint, after which what kills the workers is taken to lie in the run itself
+POLL_SECONDS = 0.5  # between looks for reports and for notice
 
 
-def fit(config: TrainConfig, on_report=None) -> None:
-    """Run `train_loop` on `config.workers` Ray Train workers; `on_report` is called here, in the driver."""
-    with ray_session():
+class Desk:
+    """An actor beside the driver: reports go one way, notice to stop the other, and it counts starts in vain."""
+
+    def __init__(self) -> None:
+        self.reports: list[dict] = []
+        self.stop = False
+        self.failure = ""  # of the last worker that could tell
+        self.mistake = False  # whether the failure is the user's to mend, so that another start is of no use
+        self.mark: int | None = None
+        self.starts = 0
+
+    def begin(self, mark: int | None) -> bool:
+        """Whether workers that found the checkpoint `mark` may start."""
+        self.starts = self.starts + 1 if mark == self.mark else 1
+        self.mark = mark
+        if self.starts > STARTS:
+            self.failure = self.failure or "the workers were killed, most likely for lack of memory"
+            return False
+        return not self.mistake
+
+    def report(self, metrics: dict) -> None:
+        self.reports.append(metrics)
+
+    def take_reports(self) -> list[dict]:
+        taken, self.reports = self.reports, []
+        return taken
+
+    def ask_to_stop(self) -> None:
+        self.stop = True
+
+    def asked_to_stop(self) -> bool:
+        return self.stop
+
+    def fail(self, failure: str, mistake: bool) -> None:
+        if not self.mistake:
+            self.failure, self.mistake = failure, mistake
+
+    def verdict(self) -> tuple[str, bool] | None:
+        """(failure, whether it is the user's) of a run that was given up."""
+        return (self.failure, self.mistake) if self.mistake or self.starts > STARTS else None
+
+
+def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) -> int | None:
+    """Run `train_loop` on `config.workers` Ray Train workers; `on_report` is called here, in the driver.
+
+    Returns the signal on which it stopped, if one came. Raises InputError for what a worker found to be the user's
+    mistake, and RuntimeError where the workers die again and again without reaching another checkpoint.
+    """
+    with ray_session(), notice() as told:  # within the session: Ray has a handler of its own for SIGTERM
+        import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
-        from ray.util.queue import Queue
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote()
         gpu = pick_device(config.device).type == "cuda"
-        reports = Queue(actor_options={"num_cpus": 0})
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"config": config.model_dump(mode="json"), "reports": reports},
+            train_loop_config={"config": config.model_dump(mode="json"), "desk": desk},
             scaling_config=ScalingConfig(
                 num_workers=config.workers, use_gpu=gpu, resources_per_worker={"CPU": config.threads or 1}
             ),
@@ -32,48 +89,96 @@ def fit(config: TrainConfig, on_report=None) -> None:
                 # a name of its own each time: the loop itself goes on from the run folder's checkpoint
                 name=f"{config.run_name}-{time.time_ns()}",
                 storage_path=str(Workspace(config.workspace).runs / "ray"),
-                failure_config=FailureConfig(max_failures=RESTARTS),
+                failure_config=FailureConfig(max_failures=-1),  # the desk decides
             ),
         )
-        stop = threading.Event()
-        pump = threading.Thread(target=_pump, args=(reports, on_report or (lambda _: None), stop))
+        ended = threading.Event()
+        pump = threading.Thread(target=_pump, args=(desk, on_report or (lambda _: None), told, ended))
         pump.start()
         try:
             trainer.fit()
         finally:
-            stop.set()
+            ended.set()
             pump.join()
-            reports.shutdown()
+        verdict = ray.get(desk.verdict.remote())
+        if verdict and verdict[1]:
+            raise InputError(verdict[0])
+        if verdict:
+            raise RuntimeError(f"training started {STARTS} times without reaching another checkpoint: {verdict[0]}")
+        return told.signum
 
 
-def _pump(reports, on_report, stop: threading.Event) -> None:
-    while not (stop.is_set() and reports.empty()):
-        for report in reports.get_nowait_batch(reports.qsize()):
+def _pump(desk, on_report: Callable[[dict], None], told: Notice, ended: threading.Event) -> None:
+    import ray
+
+    last = False
+    while not last:
+        last = ended.wait(POLL_SECONDS)
+        if told.came():
+            desk.ask_to_stop.remote()
+        for report in ray.get(desk.take_reports.remote()):
             on_report(report)
-        stop.wait(0.5)
 
 
 def _worker(settings: dict) -> None:
+    import ray
     import ray.train
     import ray.train.torch
     import torch.distributed as dist
 
-    from pipelines.training import Worker, train_loop
+    from pipelines.training import Worker, run_dir_of, train_loop
 
     config = TrainConfig(**settings["config"])
+    desk = settings["desk"]
     torch.set_num_threads(config.threads or 1)
     context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
+    # flags go between CPUs: through NCCL, each step would wait for the GPU
+    flags = dist.new_group(backend="gloo") if world > 1 else None
 
     def wrap(model: torch.nn.Module) -> torch.nn.Module:
         # a batch without masks (or points, or boxes) leaves their encoder without gradients
         return ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
 
     def any_rank(flag: bool) -> bool:
-        shared = torch.tensor([int(flag)], device=device)
-        if dist.is_initialized():
-            dist.broadcast(shared, src=0)
+        if flags is None:
+            return flag
+        shared = torch.tensor([int(flag)])
+        dist.broadcast(shared, src=0, group=flags)
         return bool(shared.item())
 
-    worker = Worker(context.get_world_rank(), context.get_world_size(), wrap, any_rank)
-    train_loop(config.model_copy(update={"device": str(device)}), worker, settings["reports"].put)
+    if not any_rank(rank == 0 and ray.get(desk.begin.remote(_mark(run_dir_of(config))))):
+        return
+    stop, ended = threading.Event(), threading.Event()
+
+    def listen() -> None:
+        while not ended.wait(POLL_SECONDS) and not stop.is_set():
+            if ray.get(desk.asked_to_stop.remote()):
+                stop.set()
+
+    if rank == 0:
+        threading.Thread(target=listen, daemon=True).start()
+    try:
+        with full_disk_told(run_dir_of(config)):
+            train_loop(
+                config.model_copy(update={"device": str(device)}),
+                Worker(rank, world, wrap, any_rank, stop.is_set),
+                desk.report.remote,
+            )
+    except Exception as error:
+        mistake = isinstance(error, InputError)
+        ray.get(desk.fail.remote(str(error) if mistake else f"{type(error).__name__}: {error}", mistake))
+        if not mistake or world > 1:  # others wait for this rank: by the error Ray ends them too
+            raise
+    finally:
+        ended.set()
+        ray.get(desk.asked_to_stop.remote())  # answered after all reports
+
+
+def _mark(run_dir: Path) -> int | None:
+    """What changes with every checkpoint."""
+    try:
+        return (run_dir / LAST).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None

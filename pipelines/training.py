@@ -20,6 +20,7 @@ from la.losses import focal_loss, iou_loss
 from la.model import LabelAnything, ModelConfig, build, preset, save_state
 from la.schedules import factor
 from pipelines.batches import BatchBuilder
+from pipelines.checkpoints import BEST, find_last, full_disk_told, load, mend, save, save_last
 from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.episodes import (
     EpisodeShards,
@@ -31,10 +32,11 @@ from pipelines.episodes import (
     training_plan_of_another,
 )
 from pipelines.evaluate import score
+from pipelines.notice import Stopped, notice
 from pipelines.objects import fit_matching
 from pipelines.predict_episodes import predictor
 from pipelines.store import FeatureStore
-from pipelines.workspace import Workspace, digest, locked, write_text, write_whole
+from pipelines.workspace import Workspace, digest, locked, write_text
 
 Report = Callable[[dict], None]
 REPORT_EVERY = 10  # steps
@@ -49,6 +51,7 @@ class Worker:
     world: int = 1
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model
     any: Callable[[bool], bool] = lambda flag: flag  # whether the flag is set on rank 0
+    told: Callable[[], bool] = lambda: False  # whether rank 0 has notice to stop
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,19 @@ def train(config: TrainConfig, on_report: Report | None = None) -> TrainResult:
     """Train a model, or go on with it; returns at once where the run is finished.
 
     `on_report` gets step, loss, lr, episodes_per_s, seconds and now and then seen_miou. Raises InputError for an empty
-    workspace, a fold outside 0-3 and too few images for the batches.
+    workspace, a fold outside 0-3, too few images for the batches and a full disk. SIGTERM and SIGUSR1 to this process
+    end the run after the step under way with a checkpoint, and raise Stopped.
     """
     run_dir = run_dir_of(config)
-    with locked(run_dir, wait=True):  # trials of two sweeps may need the same run: the second finds it finished
+    with locked(run_dir, wait=True), full_disk_told(run_dir):
+        # two sweeps may need the same run: the second waits and finds it finished
         _train_in(run_dir, config, on_report)
     result = json.loads((run_dir / "result.json").read_text())
-    return TrainResult(run_dir, run_dir / "best.pt", result["step"], result["metrics"])
+    return TrainResult(run_dir, run_dir / BEST, result["step"], result["metrics"])
 
 
 def _train_in(run_dir: Path, config: TrainConfig, on_report: Report | None) -> None:
+    mend(run_dir)
     if not (run_dir / "result.json").exists():
         store = FeatureStore(Workspace(config.workspace).find_store(config.store))
         for plan, each in training_plans(config, store):
@@ -84,9 +90,13 @@ def _train_in(run_dir: Path, config: TrainConfig, on_report: Report | None) -> N
         if config.workers:
             from pipelines.ray_train import fit
 
-            fit(config, on_report)
+            signum = fit(config, on_report)
         else:
-            train_loop(config, Worker(), on_report or (lambda _: None))
+            with notice() as told:
+                train_loop(config, Worker(told=told.came), on_report or (lambda _: None))
+            signum = told.signum
+        if signum and not (run_dir / "result.json").exists():
+            raise Stopped(signum, run_dir)
 
 
 def run_dir_of(config: TrainConfig) -> Path:
@@ -142,7 +152,10 @@ def validation_plan(config: TrainConfig) -> Plan:
 
 
 def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
-    """The loop of every worker. Goes on from `last.pt` where there is one; rank 0 validates, saves and reports."""
+    """The loop of every worker. Goes on from the last checkpoint; rank 0 validates, saves and reports.
+
+    Without `result.json` at its end, it stopped on notice.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
     run_dir = run_dir_of(config)
@@ -157,7 +170,8 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
 
     torch.manual_seed(config.seed)
     plain = build(shape).to(device)
-    if isinstance(plain, Hybrid) and not (run_dir / "last.pt").exists():
+    last = find_last(run_dir)
+    if isinstance(plain, Hybrid) and last is None:
         fit_matching(plain.matching, [(pool_of(*of), builder) for of, builder in zip(plans, builders, strict=True)])
     optimiser = torch.optim.AdamW(plain.parameters(), config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -165,54 +179,60 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
     )
     # Single steps on few episodes swing the balance of background and classes; what counts is the moving average.
     average = AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    at = {"step": 0, "seconds": 0.0, "best": -1.0, "curve": []}  # the position, saved with every checkpoint
-    if (run_dir / "last.pt").exists():
-        saved = torch.load(run_dir / "last.pt", map_location=device, weights_only=True)
+    # The position. `losses`: of the steps since the last report; `pending`: the validation that notice cut short
+    at = {"step": 0, "seconds": 0.0, "best": -1.0, "curve": [], "losses": [], "pending": False, "starts": []}
+    best: dict | None = None
+    if last:
+        saved = load(last, device)
         plain.load_state_dict(saved["training"])
         average.load_state_dict(saved["average"])
         optimiser.load_state_dict(saved["optimiser"])
         schedule.load_state_dict(saved["schedule"])
-        at = saved["at"]
+        torch.set_rng_state(saved.get("rng", torch.get_rng_state()).cpu())  # older checkpoints have fewer parts
+        at |= saved["at"]
+        best = saved.get("best")
+    at["starts"].append(at["step"])
     model = worker.wrap(torch.compile(plain) if config.compile else plain)
 
-    losses: list[Tensor] = []
+    losses: list[Tensor] = list(torch.tensor(at["losses"], device=device))
     since = time.perf_counter()
     started = since - at["seconds"]
     episodes = 0
-    done = at["step"] >= config.steps
+    pending = at["pending"]
+    done = at["step"] >= config.steps and not pending
     batches = read_ahead(config, list(zip(shards, builders, strict=True)), worker, at["step"])
     while not done:
-        batch, truth = next(batches)
-        batch, truth = batch.to(device), truth.to(device, non_blocking=True)
-        if config.flips and at["step"] % 2:
-            batch, truth = replace(batch, query=batch.query.flip(2)), truth.flip(-1)
-        # by an episode's place in the step, over all ranks: the number of workers changes nothing
-        first = worker.rank * len(truth)
-        seeds = [_number(config.seed, at["step"], first + b) for b in range(len(truth))]
-        with autocast(device):
-            logits = model(batch, seeds)
-        if config.loss == "iou":
-            loss = iou_loss(logits, truth, batch.slots)
-        else:
-            loss = focal_loss(logits, truth, config.gamma, config.class_weights)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        average.update_parameters(plain)
+        if not pending:
+            batch, truth = next(batches)
+            batch, truth = batch.to(device), truth.to(device, non_blocking=True)
+            if config.flips and at["step"] % 2:
+                batch, truth = replace(batch, query=batch.query.flip(2)), truth.flip(-1)
+            # by an episode's place in the step, over all ranks: the number of workers changes nothing
+            first = worker.rank * len(truth)
+            seeds = [_number(config.seed, at["step"], first + b) for b in range(len(truth))]
+            with autocast(device):
+                logits = model(batch, seeds)
+            if config.loss == "iou":
+                loss = iou_loss(logits, truth, batch.slots)
+            else:
+                loss = focal_loss(logits, truth, config.gamma, config.class_weights)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            average.update_parameters(plain)
 
-        at["step"] += 1
-        at["seconds"] = time.perf_counter() - started
-        losses.append(loss.detach())
-        episodes += len(truth) * worker.world
+            at["step"] += 1
+            at["seconds"] = time.perf_counter() - started
+            losses.append(loss.detach())
+            episodes += len(truth) * worker.world
         done = at["step"] == config.steps
         saving = done or at["step"] % config.checkpoint_every == 0
-        if saving and config.minutes is not None:
+        if (saving or pending) and config.minutes is not None:
             done = worker.any(done or at["seconds"] > 60 * config.minutes)
-        validating = done or at["step"] % config.val_every == 0
-        if worker.rank != 0:
-            continue
-        if validating or at["step"] % REPORT_EVERY == 0:
+        validating = done or pending or at["step"] % config.val_every == 0
+        pending = False
+        if worker.rank == 0 and (validating or at["step"] % REPORT_EVERY == 0):
             metrics = {
                 "step": at["step"],
                 "loss": torch.stack(losses).mean().item(),
@@ -220,24 +240,52 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
                 "episodes_per_s": episodes / (time.perf_counter() - since),
                 "seconds": at["seconds"],
             }
-            if validating:
-                predict = predictor(average.module, val_builder, device)
-                metrics["seen_miou"] = score(predict, validation, val_builder, device).miou()
-                if metrics["seen_miou"] > at["best"]:
-                    at["best"] = metrics["seen_miou"]
-                    save(run_dir / "best.pt", checkpoint(average.module, config, store, at["step"]))
-            at["curve"].append(metrics)
-            on_report(metrics)
-            losses, episodes, since = [], 0, time.perf_counter()
-        if saving:
+            try:
+                if validating:
+                    metrics["seen_miou"] = validate(average.module, validation, val_builder, device, worker.told)
+                    if metrics["seen_miou"] > at["best"]:
+                        at["best"] = metrics["seen_miou"]
+                        best = checkpoint(average.module, config, store, at["step"])
+                        save(run_dir / BEST, best)
+                at["curve"].append(metrics)
+                on_report(metrics)
+                losses, episodes, since = [], 0, time.perf_counter()
+            except CutShort:
+                pending = True
+        stopping = worker.any(worker.told())
+        if worker.rank == 0 and (saving or stopping):
             write_text(run_dir / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in at["curve"]))
-            training = {"training": plain.state_dict(), "average": average.state_dict(), "at": at}
+            at |= {"losses": [loss.item() for loss in losses], "pending": pending}
+            training = {"training": plain.state_dict(), "average": average.state_dict(), "at": at, "best": best}
             training |= {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
-            save(run_dir / "last.pt", checkpoint(average.module, config, store, at["step"]) | training)
+            training |= {"rng": torch.get_rng_state()}
+            save_last(run_dir, checkpoint(average.module, config, store, at["step"]) | training)
+        if stopping and (pending or not done):
+            return
     if worker.rank == 0:
         metrics = {"seen_miou": at["best"], "train_seconds": at["seconds"]}
-        result = {"step": at["step"], "metrics": metrics, "episodes_digest": digest_of(shards)}
+        result = {"step": at["step"], "metrics": metrics, "episodes_digest": digest_of(shards), "starts": at["starts"]}
         write_text(run_dir / "result.json", json.dumps(result))
+
+
+class CutShort(Exception):
+    """Notice came while a validation was under way."""
+
+
+def validate(
+    model: LabelAnything | Hybrid,
+    episodes: EpisodeShards,
+    builder: BatchBuilder,
+    device: torch.device,
+    told: Callable[[], bool],
+) -> float:
+    """mIoU on seen classes in percent. Raises CutShort: it may take longer than notice leaves for a checkpoint."""
+
+    def look_up(_: int) -> None:
+        if told():
+            raise CutShort
+
+    return score(predictor(model, builder, device), episodes, builder, device, on_progress=look_up).miou()
 
 
 def read_ahead(
@@ -279,11 +327,6 @@ def checkpoint(model: LabelAnything | Hybrid, config: TrainConfig, store: Featur
     features = made_by | {"weights_digest": store.info.weights_digest, "grid": list(store.info.grid)}
     origin = {"fold": config.fold, "store": store.key, "step": step, "train_config": config.model_dump_json()}
     return save_state(model) | origin | {"features": features}
-
-
-def save(path: Path, content: dict) -> None:
-    """Write a checkpoint of plain tensors and numbers; the old one stays until the new one is complete."""
-    write_whole(path, lambda temporary: torch.save(content, temporary))
 
 
 def _number(*parts: int | str) -> int:

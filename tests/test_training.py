@@ -72,20 +72,20 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(workspace, monkeyp
     expected = weights_of(whole.run_dir / "last.pt")
     import pipelines.training as module
 
-    real, saves = module.save, []
+    real, saves = module.save_last, []
 
-    def stopping(path, content):
-        real(path, content)
-        saves.append(path.name)
-        if saves.count("last.pt") == 2:
+    def stopping(run_dir, content):
+        real(run_dir, content)
+        saves.append(run_dir)
+        if len(saves) == 2:
             raise Stop
 
-    for name in ("result.json", "last.pt", "best.pt"):
-        (whole.run_dir / name).unlink()
-    monkeypatch.setattr(module, "save", stopping)
+    for file in (*whole.run_dir.glob("*.pt"), whole.run_dir / "result.json"):
+        file.unlink()
+    monkeypatch.setattr(module, "save_last", stopping)
     with pytest.raises(Stop):
         train(config)
-    monkeypatch.setattr(module, "save", real)
+    monkeypatch.setattr(module, "save_last", real)
     reports = []
     again = train(config, reports.append)
     assert reports[0]["step"] > 8, "it went on from the checkpoint of step 8"

@@ -1,0 +1,149 @@
+"""Checkpoints of a run: written whole, the last two and the best kept, a damaged one recognised and set aside.
+
+last.pt            where the run goes on; it carries a copy of best.pt, from which that is restored
+last.previous.pt   the one before, for when last.pt is damaged
+last.new.pt        seen only after a kill between the renames that make it last.pt
+best.pt            the best on seen classes: what evaluation takes
+"""
+
+import errno
+import os
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from la.errors import InputError
+from pipelines.workspace import write_whole
+
+NEW, LAST, PREVIOUS, BEST = "last.new.pt", "last.pt", "last.previous.pt", "best.pt"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's quota, the largest file allowed
+
+
+class CheckpointWarning(UserWarning):
+    """A damaged checkpoint that another one stands in for."""
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint that is not what was written: cut short, or with changed bytes."""
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a checkpoint of plain tensors and numbers; the old one stays until the new one is on the disk.
+
+    Raises InputError where the disk is full.
+    """
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut after the rename leaves an empty file under the good name
+
+    with full_disk_told(path.parent):
+        write_whole(path, write)
+
+
+def save_last(run_dir: Path, content: dict) -> None:
+    """Make `content` the run's last checkpoint and the last one the one before. Raises as `save` does."""
+    save(run_dir / NEW, content)
+    with suppress(FileNotFoundError):
+        os.replace(run_dir / LAST, run_dir / PREVIOUS)
+    os.replace(run_dir / NEW, run_dir / LAST)
+
+
+def check(path: Path) -> None:
+    """Read a checkpoint once against the checksums within it, which torch.load ignores.
+
+    Raises DamagedCheckpoint, and FileNotFoundError where there is none.
+    """
+    try:
+        with zipfile.ZipFile(path) as parts:  # torch's own format: a zip with a CRC-32 of each part
+            bad = parts.testzip()
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile answers changed bytes with errors of many kinds
+        raise DamagedCheckpoint(f"{path} is cut short, damaged or not a checkpoint ({error}).") from error
+    if bad:
+        raise DamagedCheckpoint(f"{path} is damaged: {bad} in it does not have its checksum.")
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict:
+    """A whole checkpoint. Raises as `check` does."""
+    check(path)
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint ({error}).") from error
+
+
+def find_last(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint to go on from. A damaged one is renamed *.damaged, with a warning."""
+    for name in (NEW, LAST, PREVIOUS):
+        path = run_dir / name
+        try:
+            check(path)
+            return path
+        except FileNotFoundError:
+            continue
+        except DamagedCheckpoint as error:
+            with suppress(FileNotFoundError):  # another worker was faster
+                os.replace(path, path.with_suffix(".damaged"))
+            warnings.warn(
+                f"{error} It is kept as {path.stem}.damaged; training goes on from the checkpoint before, or from the "
+                "start where there is none.",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+    return None
+
+
+def mend(run_dir: Path) -> None:
+    """Set damaged checkpoints of a run aside and restore best.pt from the last one, with a warning for each.
+
+    Raises InputError where a finished run's best.pt cannot be restored.
+    """
+    last = find_last(run_dir)
+    finished = (run_dir / "result.json").exists()
+    if last is None and not finished:
+        return
+    try:
+        check(run_dir / BEST)
+        return
+    except FileNotFoundError:
+        found = f"{run_dir / BEST} is missing."
+    except DamagedCheckpoint as error:
+        found = str(error)
+    best = load(last).get("best") if last else None
+    if best:
+        save(run_dir / BEST, best)
+        warnings.warn(f"{found} It was restored from {last.name}.", CheckpointWarning, stacklevel=2)
+    elif finished:
+        raise InputError(
+            f"{found} No whole last.pt is there to restore it from. Remove {run_dir} and run the same command again, "
+            "which trains from the start."
+        )
+
+
+@contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """Tell of a full disk as the user's mistake, which it is to mend; other errors pass."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save wraps the system's error in one of its own
+        cause = next((e for e in _chain(error) if isinstance(e, OSError) and e.errno in FULL), None)
+        if cause is None:
+            raise
+        raise InputError(
+            f"{folder}: {cause.strerror}, so nothing more can be written there; what was written before is intact. "
+            "Free some space and run the same command again: it goes on from the last checkpoint."
+        ) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
