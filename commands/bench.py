@@ -49,9 +49,15 @@ def bench_store(
     """Reading a photo's features at random against copying them from a raw memory map."""
     with mistakes():
         from pipelines.bench import bench_store as run
+        from pipelines.bench_scale import bench_int8, int8_beside
+        from pipelines.convert import plain_store
         from pipelines.workspace import Workspace
 
-        show_bench(run(Workspace(workspace).find_store(store), images=images, repeats=repeats))
+        path = plain_store(Workspace(workspace), store)
+        show_bench(run(path, images=images, repeats=repeats))
+        if small := int8_beside(path):
+            for result in bench_int8(path, small, images=images, repeats=repeats):
+                show_bench(result)
 
 
 @app.command("episodes")

@@ -9,24 +9,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from la.episodes import Episode
+from la.quantised import Quantised
 
 
 class _Movable:
     """Of dataclasses of tensors: moves every tensor in them, also those of dataclasses they hold."""
 
-    def map(self, move: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, move: Callable[[Tensor | Quantised], Tensor | Quantised]) -> Self:
         def moved(value):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor | Quantised):
                 return move(value)
             return value.map(move) if isinstance(value, _Movable) else value
 
         return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})
 
     def to(self, device: torch.device | str) -> Self:
+        """Features in eight bits are decoded there."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        return self.map(Tensor.pin_memory)
+        return self.map(lambda tensor: tensor.pin_memory())
 
 
 @dataclass
@@ -67,7 +69,8 @@ class Pairs(_Movable):
 class EpisodeBatch(_Movable):
     """B episodes, L supports in all, P packed pairs.
 
-    The background has no prompts but takes part like a class: it has one pair on every support.
+    The background has no prompts but takes part like a class: it has one pair on every support. Features of an int8
+    store are Quantised until the batch is moved to the device it is used on.
     """
 
     query: Tensor  # (B, h, w, Dv) backbone features
@@ -95,7 +98,7 @@ class EpisodeBatch(_Movable):
 
 def pack(
     episodes: Sequence[Episode],
-    features: Callable[[Sequence[int]], Tensor],
+    features: Callable[[Sequence[int]], Tensor | Quantised],
     mask: Callable[[int, tuple[int, ...]], Tensor],
     size: Callable[[int], tuple[int, int]],
     supports: range | None = None,

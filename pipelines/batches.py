@@ -33,7 +33,7 @@ class BatchBuilder:
 
     def pack(self, episodes: Sequence[Episode], supports: range | None = None) -> EpisodeBatch:
         """`supports`: only these positions of each episode's supports, see `la.batch.pack`."""
-        return pack(episodes, self.store.read_batch, self._mask, self._size, supports)
+        return pack(episodes, self.store.read_encoded, self._mask, self._size, supports)
 
     def chunks(self, episodes: Sequence[Episode], supports: int) -> Iterator[EpisodeBatch]:
         """The episodes in batches of at most so many supports of each, each read when it is asked for."""

@@ -48,8 +48,13 @@ class BenchResult:
 
 
 def bench_store(store_path: Path, images: int = 300, repeats: int = 5) -> BenchResult:
-    """Reading images of a store in random order, copied out, against a raw .npy memory map of the same numbers."""
+    """Reading images of a store in random order, copied out, against a raw .npy memory map of the same numbers.
+
+    Raises InputError for a store that is not float16: see `pipelines.bench_scale.bench_int8` for such.
+    """
     store = FeatureStore(store_path)
+    if store.info.dtype != "float16":
+        raise InputError(f"--store {store.key} holds {store.info.dtype}; pass the float16 store that it was made from.")
     generator = np.random.default_rng(0)
     ids = [i for split in store.info.splits for i in store.image_ids(split)]
     ids = [ids[k] for k in generator.permutation(len(ids))[:images]]
@@ -197,7 +202,7 @@ def bench_evaluate(
         scores = FewShotIoU()
         for episode in drawn:
             truth = builder.full_truth(episode)
-            scores.add(segment(model(builder.pack([episode]))[0], truth.shape), truth, episode.classes)
+            scores.add(segment(model(builder.pack([episode]).to(device))[0], truth.shape), truth, episode.classes)
 
     drawn = shards(episodes)
     distinct = len(set(tasks_of(drawn)))

@@ -57,7 +57,7 @@ class _Setting:
         builder = self.builder(plan.split)
         size = plan.batches[0][0]
         drawn = [draw(plan, self.store, 0, n * size, (n + 1) * size) for n in range(count)]
-        return [(builder.pack(episodes), builder.truth(episodes)) for episodes in drawn]
+        return [(builder.pack(episodes).to("cpu"), builder.truth(episodes)) for episodes in drawn]
 
     def builder(self, split: str) -> BatchBuilder:
         if split not in self.builders:
@@ -142,7 +142,7 @@ def _shots(setting: _Setting, repeats: int) -> list[BenchResult]:
     )
     one = draw(evaluation_plan(config, 0), setting.store, 0, 0, 1)[0]
     many = repeated(one, MOST_SHOTS)
-    query = builder.pack([one]).query
+    query = builder.pack([one]).to("cpu").query
 
     @torch.inference_mode()
     def prototypes(episode: Episode) -> Tensor:
@@ -154,7 +154,7 @@ def _shots(setting: _Setting, repeats: int) -> list[BenchResult]:
 
     memory = [peak_bytes(lambda e=e: segment(prototypes(e))) for e in (one, many)]
     with torch.inference_mode():
-        apart = (prototypes(many) - model.prototypes(builder.pack([many]))).abs().max().item()
+        apart = (prototypes(many) - model.prototypes(builder.pack([many]).to("cpu"))).abs().max().item()
     few, lots = (prototypes(e) for e in (one, many))
     seconds = in_turn(lambda _: segment(few), lambda _: segment(lots), turns=list(range(4 * repeats)))
     return [

@@ -69,6 +69,7 @@ class FeaturizeConfig(Settings):
     backbone: str = "vit_base_patch16_224.mae"  # any plain ViT of timm
     weights: Path | None = None  # .safetensors or .pth in timm's names; None: timm's own, from the hub
     image_size: int = Field(480, ge=1)  # pixels a side; a multiple of the patch
+    dtype: Literal["float16", "int8"] = "float16"  # of the stored features; int8 has a scale per token
     skip_bad: bool = False  # leave unreadable photos out instead of stopping
     # how; none of these changes the features
     workers: int = Field(0, ge=0)  # 0: in this process; n: Ray Data actors

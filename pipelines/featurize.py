@@ -51,6 +51,7 @@ def store_settings(config: FeaturizeConfig, splits: dict[str, tuple[Path, Path]]
         image_size=config.image_size,
         preprocessing=preprocessing(config.backbone),
         layer=LAYER,
+        dtype=config.dtype,
     )
 
 

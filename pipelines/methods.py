@@ -91,7 +91,7 @@ def load_checkpoint(config: EvaluateConfig, store: FeatureStore, device: torch.d
             f"--checkpoint {path} takes features of {model.config.channels} channels, but those of store {store.key} "
             f"({store.info.backbone}) have {store.info.channels}. Featurize with the backbone it was trained on."
         )
-    if saved["store"] not in (None, store.key):
+    if saved["store"] not in (None, *store.info.settings.keys_alike):
         raise InputError(
             f"--checkpoint {path} was trained on features {saved['store']}, but the store is {store.key}: another "
             f"backbone, image size or data set. Pass --store {saved['store']}, or featurize with the same settings."

@@ -83,7 +83,7 @@ class SharedWork:
     def _through_neck(self, images: Sequence[int]) -> Tensor:
         missing = [i for i in dict.fromkeys(images) if i not in self._queries]
         if missing:
-            maps = self.model.neck(self.builder.store.read_batch(missing).to(self.device))
+            maps = self.model.neck(self.builder.store.read_encoded(missing).to(self.device))
             self._queries |= dict(zip(missing, maps, strict=True))
         found = torch.stack([self._queries[i] for i in images])
         while len(self._queries) > self._most_queries:

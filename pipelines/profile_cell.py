@@ -187,6 +187,8 @@ class _Held(FeatureStore):
     def read_batch(self, image_ids: Sequence[int]) -> Tensor:
         return self.table[[self.row[i] for i in image_ids]]
 
+    read_encoded = read_batch
+
 
 class _Photos(FeatureStore):
     """Photos of a store's COCO folder in place of their features."""
@@ -199,6 +201,8 @@ class _Photos(FeatureStore):
         images = [self.dataset(SPLIT).images[i] for i in image_ids]
         size = self.info.image_size
         return torch.stack([read_photo(folder / i.file_name, size, (i.height, i.width)) for i in images])
+
+    read_encoded = read_batch
 
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt(3)

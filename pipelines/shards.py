@@ -6,10 +6,11 @@ puts the bytes of an image in one piece at the end of its column chunk. So any P
 """
 
 import hashlib
+import math
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +19,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from la.coco import Image
 from la.errors import InputError
+from la.quantised import quantise
 from pipelines.workspace import digest, write_whole
 
 FORMAT = 1  # of the files; raised whenever an older reader would misread a newer store
-DTYPE = "<f2"  # numpy's name of the stored numbers: little-endian float16
+FLOAT16, INT8 = "<f2", "<i1"  # numpy's names of the stored numbers, little-endian
+StoredDtype = Literal["float16", "int8"]
 PAGE_HEADER = 256  # bytes; more than the header of a one-value page and the value's length ever take
 _SETTINGS, _SHARD = b"la_settings", b"la_shard"
 
@@ -47,11 +50,16 @@ class StoreSettings(BaseModel):
     image_size: int  # pixels a side
     preprocessing: dict[str, Any]
     layer: str
-    dtype: str = "float16"
+    dtype: StoredDtype = "float16"
 
     @property
     def key(self) -> str:
         return digest(self.model_dump(mode="json"))
+
+    @property
+    def keys_alike(self) -> set[str]:
+        """The keys of all stores of these features, whatever the dtype: what was trained on one may use another."""
+        return {self.model_copy(update={"dtype": dtype}).key for dtype in get_args(StoredDtype)}
 
 
 class ShardNote(BaseModel):
@@ -83,7 +91,8 @@ def write_shard(
 ) -> ShardNote:
     """Write (image, (h, w, C) float16) rows as one shard: under a temporary name, renamed when whole.
 
-    `rows` may be a generator; `note.skipped` is read only after the last row. Returns the note with its checksum.
+    An int8 store holds of each image its scales, (h, w) float16, and then its values, (h, w, C) int8. `rows` may be a
+    generator; `note.skipped` is read only after the last row. Returns the note with its checksum.
     """
     schema = _FEATURES.with_metadata({_SETTINGS: settings.model_dump_json()})
     total = hashlib.sha256()
@@ -99,7 +108,7 @@ def write_shard(
             data_page_size=1 << 30,  # bytes; a photo is never cut into pages
         ) as writer:
             for image, features in rows:
-                content = np.ascontiguousarray(features, DTYPE).tobytes()
+                content = _encoded(features, settings.dtype)
                 total.update(content)
                 columns = [[image.id], [image.height], [image.width], [content]]
                 writer.write_table(pa.table(columns, schema=schema), row_group_size=1)
@@ -108,6 +117,13 @@ def write_shard(
         return whole
 
     return write_whole(path, write)
+
+
+def _encoded(features: np.ndarray, dtype: StoredDtype) -> bytes:
+    if dtype == "float16":
+        return np.ascontiguousarray(features, FLOAT16).tobytes()
+    values, scales = quantise(features)
+    return scales.astype(FLOAT16).tobytes() + values.astype(INT8).tobytes()
 
 
 def open_shard(path: Path, key: str) -> tuple[pq.ParquetFile, ShardNote]:
@@ -128,9 +144,10 @@ def open_shard(path: Path, key: str) -> tuple[pq.ParquetFile, ShardNote]:
 class MappedShard:
     """The features of an open shard, read in place. Raises InputError where they do not lie as they should."""
 
-    def __init__(self, path: Path, key: str, shape: tuple[int, int, int]):
+    def __init__(self, path: Path, key: str, shape: tuple[int, int, int], dtype: StoredDtype = "float16"):
         file, _ = open_shard(path, key)
-        size = int(np.prod(shape)) * np.dtype(DTYPE).itemsize
+        h, w, channels = shape
+        size = h * w * (2 * channels if dtype == "float16" else 2 + channels)
         self._shape = shape
         self._starts = []
         column = file.schema_arrow.get_field_index("features")
@@ -144,9 +161,17 @@ class MappedShard:
             self._bytes = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
 
     def read(self, group: int) -> np.ndarray:
-        """(h, w, C) float16 view, read-only, of the image in a row group."""
-        count = self._shape[0] * self._shape[1] * self._shape[2]
-        return np.frombuffer(self._bytes, DTYPE, count, self._starts[group]).reshape(self._shape)
+        """(h, w, C) float16 view, read-only, of the image in a row group of a float16 store."""
+        return self._view(FLOAT16, self._shape, self._starts[group])
+
+    def read_quantised(self, group: int) -> tuple[np.ndarray, np.ndarray]:
+        """(h, w, C) int8 and (h, w) float16: views, read-only, of the values and scales in an int8 store."""
+        h, w, _ = self._shape
+        start = self._starts[group]
+        return self._view(INT8, self._shape, start + 2 * h * w), self._view(FLOAT16, (h, w), start)
+
+    def _view(self, dtype: str, shape: tuple[int, ...], start: int) -> np.ndarray:
+        return np.frombuffer(self._bytes, dtype, math.prod(shape), start).reshape(shape)
 
 
 def damaged(path: Path, error: object) -> InputError:

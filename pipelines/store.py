@@ -11,9 +11,10 @@ The key, which names the folder, is a digest of what it was made from; see Store
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +24,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from la.coco import Dataset
 from la.errors import InputError
+from la.quantised import Quantised
 from pipelines.annotations import read_dataset, write_dataset
-from pipelines.shards import DTYPE, FORMAT, MappedShard, StoreSettings, damaged, open_shard, shard_file
+from pipelines.shards import FORMAT, MappedShard, ShardNote, StoreSettings, damaged, open_shard, shard_file
 from pipelines.workspace import write_whole
 
+T = TypeVar("T")
 _INDEX = pa.schema(
     {
         "image_id": pa.int64(),
@@ -99,6 +102,11 @@ def finish_store(path: Path, info: StoreInfo, datasets: dict[str, Dataset]) -> N
     columns = list(zip(*rows, strict=True)) if rows else [[] for _ in _INDEX]
     index = pa.table([list(column) for column in columns], schema=_INDEX)
     write_whole(path / "index.parquet", lambda temporary: pq.write_table(index, temporary, compression="zstd"))
+    write_info(path, info)
+
+
+def write_info(path: Path, info: StoreInfo) -> None:
+    """Write store.json, which makes the store complete: everything else must be in place."""
     content = info.model_dump_json(indent=2)
     for leftover in path.glob("*/.part-*.tmp"):  # of a run that was killed
         leftover.unlink(missing_ok=True)
@@ -132,6 +140,37 @@ def read_info(path: Path) -> StoreInfo:
     return info
 
 
+def read_index(path: Path) -> pa.Table:
+    """`index.parquet` of the store in `path`. Raises InputError where it is missing or damaged."""
+    file = path / "index.parquet"
+    try:
+        return pq.read_table(file, schema=_INDEX, memory_map=True)
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(file, error) from error
+
+
+class _Index:
+    """Where each image lies, as sorted arrays: a dict of Python objects would take ten times the memory."""
+
+    def __init__(self, table: pa.Table):
+        order = np.argsort(table["image_id"].to_numpy())
+        self._ids, self._shards, self._groups = (
+            table[name].to_numpy()[order] for name in ("image_id", "shard", "row_group")
+        )
+        splits = table["split"].combine_chunks().dictionary_encode()
+        self._splits, self._names = splits.indices.to_numpy()[order].astype(np.int8), splits.dictionary.to_pylist()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, image_id: int) -> tuple[str, int]:
+        """(shard file, row group) of an image. Raises KeyError for one that is not there."""
+        place = int(np.searchsorted(self._ids, image_id))
+        if place == len(self._ids) or self._ids[place] != image_id:
+            raise KeyError(image_id)
+        return shard_file(self._names[self._splits[place]], int(self._shards[place])), int(self._groups[place])
+
+
 class FeatureStore:
     """Reads one complete store. Cheap to pickle: files open lazily, once per process.
 
@@ -155,15 +194,8 @@ class FeatureStore:
         return self.info.key
 
     @cached_property
-    def _index(self) -> dict[int, tuple[str, int, str]]:
-        """image id -> (shard file, row group, split)"""
-        file = self.path / "index.parquet"
-        try:
-            table = pq.read_table(file, schema=_INDEX, memory_map=True)
-        except (OSError, pa.ArrowException) as error:
-            raise damaged(file, error) from error
-        columns = (table[name].to_pylist() for name in ("image_id", "split", "shard", "row_group"))
-        return {i: (shard_file(split, shard), group, split) for i, split, shard, group in zip(*columns, strict=True)}
+    def _index(self) -> "_Index":
+        return _Index(read_index(self.path))
 
     def image_ids(self, split: str) -> list[int]:
         """Sorted ids of the images of a split, "train" or "val"."""
@@ -178,12 +210,42 @@ class FeatureStore:
         return self._datasets[split]
 
     def read(self, image_id: int) -> np.ndarray:
-        """(h, w, C) float16 features of an image: a read-only view of its shard, not a copy.
+        """(h, w, C) features of an image: float16, a read-only view of its shard; or float32, decoded from int8.
 
         Raises InputError for an id the store lacks.
         """
+        if self.info.dtype == "int8":
+            return self.read_batch([image_id])[0].numpy()
+        return self._find(image_id, MappedShard.read)
+
+    def read_batch(self, image_ids: Sequence[int]) -> torch.Tensor:
+        """(n, h, w, C) features of `image_ids`, in their order, copied out: float16, or float32 decoded from int8."""
+        if self.info.dtype == "float16":
+            return self.read_encoded(image_ids)
+        batch = torch.empty(len(image_ids), *self._shape)
+        one = Quantised.empty(1, self._shape)  # again and again, so that it stays in the processor's cache
+        for row, image_id in enumerate(image_ids):
+            self._copy([image_id], one).decode(batch[row : row + 1])
+        return batch
+
+    def read_encoded(self, image_ids: Sequence[int]) -> torch.Tensor | Quantised:
+        """The same as they are stored, for `.to(device)`, which decodes there."""
+        if self.info.dtype == "float16":
+            batch = torch.empty(len(image_ids), *self._shape, dtype=torch.float16)
+            for row, image_id in zip(batch.numpy(), image_ids, strict=True):
+                row[...] = self._find(image_id, MappedShard.read)
+            return batch
+        return self._copy(image_ids, Quantised.empty(len(image_ids), self._shape))
+
+    def _copy(self, image_ids: Sequence[int], into: Quantised) -> Quantised:
+        values, scales = into.values.numpy(), into.scales.numpy()
+        for row, image_id in enumerate(image_ids):
+            values[row], scales[row] = self._find(image_id, MappedShard.read_quantised)
+        return into
+
+    def _find(self, image_id: int, read: Callable[[MappedShard, int], T]) -> T:
         try:
-            file, group, _ = self._index[image_id]
+            file, group = self._index[image_id]
         except KeyError as error:
             raise InputError(
                 f"image {image_id} is not in the store {self.path} ({len(self._index)} images); it was skipped, or is "
@@ -191,32 +253,30 @@ class FeatureStore:
             ) from error
         shard = self._shards.get(file)
         if shard is None:
-            shard = self._shards[file] = MappedShard(self.path / file, self.key, self._shape)
+            shard = self._shards[file] = MappedShard(self.path / file, self.key, self._shape, self.info.dtype)
         try:
-            return shard.read(group)
+            return read(shard, group)
         except IndexError as error:
             raise damaged(self.path / file, error) from error
 
-    def read_batch(self, image_ids: Sequence[int]) -> torch.Tensor:
-        """(n, h, w, C) float16 features of `image_ids`, in their order, copied out."""
-        batch = np.empty((len(image_ids), *self._shape), DTYPE)
-        for row, image_id in zip(batch, image_ids, strict=True):
-            row[...] = self.read(image_id)
-        return torch.from_numpy(batch)
-
     def verify(self) -> Iterator[str]:
         """Read every shard once and compare its checksum; yields each good shard's file, so progress shows."""
-        for file, expected in sorted(self.info.shards.items()):
-            shard = open_shard(self.path / file, self.key)[0]
-            total = hashlib.sha256()
-            try:
-                for batch in shard.iter_batches(batch_size=1, columns=["features"], use_threads=False):
-                    total.update(batch.column(0)[0].as_buffer())
-            except (OSError, pa.ArrowException) as error:
-                raise damaged(self.path / file, error) from error
-            if total.hexdigest() != expected:
-                raise damaged(self.path / file, ValueError("its checksum is not the one in store.json"))
+        for file in sorted(self.info.shards):
+            self.check_shard(file)
             yield file
+
+    def check_shard(self, file: str) -> ShardNote:
+        """Read a shard whole; returns what it says of itself. Raises InputError unless its checksum is the store's."""
+        shard, note = open_shard(self.path / file, self.key)
+        total = hashlib.sha256()
+        try:
+            for batch in shard.iter_batches(batch_size=1, columns=["features"], use_threads=False):
+                total.update(batch.column(0)[0].as_buffer())
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(self.path / file, error) from error
+        if total.hexdigest() != self.info.shards[file]:
+            raise damaged(self.path / file, ValueError("its checksum is not the one in store.json"))
+        return note
 
     @cached_property
     def _shape(self) -> tuple[int, int, int]:
