@@ -4,7 +4,6 @@ Photos are squashed to a square (bicubic, as the masks are), so one token always
 """
 
 import hashlib
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,10 @@ from torch import nn
 import la.vit_demo  # noqa: F401  timm learns the demo's ViT by this import
 from la.device import autocast
 from la.errors import InputError
+from la.rle import MAX_PIXELS
 
 LAYER = "final block, final norm, patch tokens only"
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # of the others of Pillow, EPS starts an interpreter of its own
 
 
 def preprocessing(name: str) -> dict[str, Any]:
@@ -52,23 +53,31 @@ def identify_weights(name: str, weights: Path | None) -> str:
 def read_photo(path: Path, image_size: int, expected: tuple[int, int] | None = None) -> torch.Tensor:
     """(3, S, S) uint8 RGB of a photo squashed to `image_size` pixels a side; grey photos become RGB.
 
-    Raises InputError for a file that is missing, no image or truncated, and, where `expected` gives the annotated
-    (height, width) in pixels, for a photo of another size: its masks would lie elsewhere.
+    Sizes are checked before anything is decoded. Raises InputError for a file that is missing, no photo, truncated or
+    of more than MAX_PIXELS, and, where `expected` gives the annotated (height, width) in pixels, for a photo of another
+    size: its masks would lie elsewhere.
     """
+    skip = "or pass --skip-bad to leave such photos out."
     try:
-        with Image.open(path) as photo:
-            found = (photo.height, photo.width)
+        with Image.open(path, formats=PHOTO_FORMATS) as photo:
+            width, height = photo.size
+            if expected is not None and (height, width) != tuple(expected):
+                raise InputError(
+                    f"{path} is {width}x{height} pixels, but the annotations say {expected[1]}x{expected[0]}. "
+                    f"Restore the original photo, {skip}"
+                )
+            if width * height > MAX_PIXELS:
+                raise InputError(
+                    f"{path} says it is {width}x{height} pixels; expected at most {MAX_PIXELS} in all. Scale it down "
+                    f"with its annotations, {skip}"
+                )
             rgb = photo.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # the decoders answer damaged files with errors of many kinds
         raise InputError(
-            f"{path} cannot be decoded ({error!s:.120}); expected a whole JPEG or PNG. "
-            "Download it again, or pass --skip-bad to leave such photos out."
+            f"{path} cannot be decoded ({error!s:.120}); expected a whole JPEG or PNG. Download it again, {skip}"
         ) from error
-    if expected is not None and found != tuple(expected):
-        raise InputError(
-            f"{path} is {found[1]}x{found[0]} pixels, but the annotations say {expected[1]}x{expected[0]}. "
-            "Restore the original photo, or pass --skip-bad to leave such photos out."
-        )
     squashed = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
 
@@ -215,7 +224,7 @@ def _read_state(file: Path) -> dict[str, torch.Tensor]:
             state: Any = safetensors.torch.load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+    except Exception as error:  # damaged files give errors of many kinds, and code in them is refused by yet another
         raise InputError(
             f"--weights {file} cannot be read ({type(error).__name__}: {error!s:.120}); "
             "expected tensors alone in a .safetensors or .pth. Download it again or convert it."

@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
-from la.coco import Annotation, Dataset, run_lengths
+from la.coco import Annotation, Dataset, runs_of
 from la.errors import InputError, TooFewImages
 from la.protocols import QueryDraw
 
@@ -122,7 +122,7 @@ class Interior:
     __slots__ = ("area", "ends", "height", "mean_points", "starts")
 
     def __init__(self, annotation: Annotation, height: int, width: int):
-        runs = run_lengths(annotation.counts)
+        runs = runs_of(annotation, height, width)
         self.ends = list(accumulate(runs[1::2]))  # foreground pixels up to the end of each run
         self.starts = list(accumulate(runs))[0::2][: len(self.ends)]
         self.area = self.ends[-1]
