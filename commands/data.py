@@ -1,5 +1,6 @@
 """Photos to features, features to episodes."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -101,6 +102,59 @@ def convert(
             f"use it with --store {report.store.name}"
         )
         console.print(f"store: {report.store}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(
+    sample: Annotated[int, typer.Option(min=0, help="Photos featurized again and compared.")] = 8,
+    repair: Annotated[bool, typer.Option("--repair", help="Make the bad files again, and only these.")] = False,
+    coco_dir: Annotated[Path | None, typer.Option(help="Where the photos are now, if they were moved.")] = None,
+    weights: WeightsOption = None,
+    workers: Annotated[int, typer.Option(min=0, help="Ray Data workers of a repair; 0 works in this process.")] = 0,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Check a feature store: schema, counts, index, checksums, and some photos anew. Exit code 1 for what stays bad."""
+    with mistakes():
+        from pipelines.config import VerifyConfig
+        from pipelines.verify import verify as run
+
+        config = VerifyConfig(
+            workspace=workspace,
+            store=store,
+            sample=sample,
+            repair=repair,
+            coco_dir=coco_dir,
+            weights=weights,
+            workers=workers,
+            device=device,
+            threads=threads,
+        )
+        with progress_bar() as bar:
+            task = bar.add_task("shards", total=None)
+            report = run(
+                config, lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+            )
+        for file, how in report.repaired.items():
+            console.print(f"  {file}: {how}", highlight=False, markup=False)
+        for file, why in report.bad.items():
+            console.print(f"  bad {file}: {why}", style="red", highlight=False, markup=False)
+        if report.not_sampled:
+            console.print(
+                f"not all photos asked for were recomputed: {report.not_sampled}", highlight=False, markup=False
+            )
+        console.print(
+            f"{report.store.name}: {report.shards} shards, {report.images} images, {len(report.bad)} bad files, "
+            f"{len(report.repaired)} made again; {report.sampled} photos recomputed, "
+            f"largest difference {100 * report.difference:.3f} %",
+            highlight=False,
+        )
+        if report.bad:
+            if not repair:
+                console.print("--repair makes the bad files again, and only these", highlight=False)
+            raise typer.Exit(1)
 
 
 @app.command()

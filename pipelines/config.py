@@ -79,6 +79,20 @@ class FeaturizeConfig(Settings):
     threads: int | None = Field(None, ge=1)  # torch threads of each worker; None: the CPUs shared out
 
 
+class VerifyConfig(Settings):
+    """A look at every file of a feature store, and at some photos."""
+
+    workspace: Path
+    store: str | None = None  # key of the feature store; None: the only one in the workspace
+    sample: int = Field(8, ge=0)  # photos recomputed
+    repair: bool = False  # make bad files again
+    coco_dir: Path | None = None  # None: where the photos were when the store was made
+    weights: Path | None = None  # the local file it was made with, if there was one
+    workers: int = Field(0, ge=0)  # of a repair; 0: in this process; n: Ray Data actors
+    device: str = "auto"
+    threads: int | None = Field(None, ge=1)
+
+
 class TrainConfig(Settings):
     """Training of one model on one fold (paper section 5.2)."""
 

@@ -87,7 +87,7 @@ def featurize(config: FeaturizeConfig, console: Console | None = None) -> Featur
     already = sum(note.rows for note in notes.values())
     seconds = _make_missing(config, settings, shards, notes, console or Console(stderr=True))
     info = _describe(config, settings, splits, datasets, notes, store)
-    kept = {split: _without(datasets[split], info.splits[split].skipped) for split in SPLITS}
+    kept = {split: without(datasets[split], info.splits[split].skipped) for split in SPLITS}
     finish_store(store, info, kept)
     made = sum(note.rows for note in notes.values()) - already
     return FeaturizeReport(store, made, already, info.skipped, made / seconds if made else 0.0)
@@ -150,15 +150,16 @@ def _make_missing(
             done += images
             progress.update(bar, advance=images, rate=f"{done / (now - started):.1f} images/s")
 
-        for shard, note in _makers(config, settings, missing, advance):
+        for shard, note in make_shards(config, settings, missing, advance):
             notes[shard.file] = note
             _same_weights(note, notes)
     return time.perf_counter() - (started or 0.0)
 
 
-def _makers(
+def make_shards(
     config: FeaturizeConfig, settings: StoreSettings, missing: list[Shard], advance: Callable[[int, float], None]
 ) -> Iterator[tuple[Shard, ShardNote]]:
+    """Make shards, here or by `config.workers`; yields each as it is done. `advance` gets photos and their seconds."""
     if config.workers:
         by_place = {(shard.split, shard.number): shard for shard in missing}
         for note, seconds in make_with_ray(config, settings, missing):
@@ -180,7 +181,8 @@ def _same_weights(note: ShardNote, notes: dict[Path, ShardNote]) -> None:
         )
 
 
-def _without(dataset: Dataset, skipped: dict[str, str]) -> Dataset:
+def without(dataset: Dataset, skipped: dict[str, str]) -> Dataset:
+    """The dataset less the photos of these file names."""
     images = {i: image for i, image in dataset.images.items() if image.file_name not in skipped}
     return Dataset(dataset.split, images, dataset.categories, {i: dataset.annotations[i] for i in images})
 
@@ -196,7 +198,7 @@ def _describe(
     about = {}
     for split, dataset in datasets.items():
         skipped = {f: why for note in notes.values() if note.split == split for f, why in note.skipped.items()}
-        kept = _without(dataset, skipped)
+        kept = without(dataset, skipped)
         annotations = sum(map(len, kept.annotations.values()))
         name = splits[split][1].name
         about[split] = SplitInfo(name=name, images=len(kept.images), annotations=annotations, skipped=skipped)
@@ -213,5 +215,6 @@ def _describe(
         splits=about,
         shards={file.relative_to(store).as_posix(): note.features_sha256 for file, note in sorted(notes.items())},
         coco_dir=str(config.coco_dir),
+        batch_size=config.batch_size,
         software={name: importlib.metadata.version(name) for name in ("torch", "timm", "pyarrow", "pillow")},
     )

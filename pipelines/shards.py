@@ -28,7 +28,7 @@ StoredDtype = Literal["float16", "int8"]
 PAGE_HEADER = 256  # bytes; more than the header of a one-value page and the value's length ever take
 _SETTINGS, _SHARD = b"la_settings", b"la_shard"
 
-_FEATURES = pa.schema(
+FEATURES = pa.schema(
     [
         pa.field("image_id", pa.int64(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
@@ -86,6 +86,12 @@ def shard_file(split: str, number: int) -> str:
     return f"{split}/part-{number:05d}.parquet"
 
 
+def parse_shard_file(file: str) -> tuple[str, int]:
+    """(split, number) of a `shard_file`."""
+    split, name = file.split("/")
+    return split, int(name.removeprefix("part-").removesuffix(".parquet"))
+
+
 def write_shard(
     path: Path, settings: StoreSettings, note: ShardNote, rows: Iterable[tuple[Image, np.ndarray]]
 ) -> ShardNote:
@@ -94,7 +100,7 @@ def write_shard(
     An int8 store holds of each image its scales, (h, w) float16, and then its values, (h, w, C) int8. `rows` may be a
     generator; `note.skipped` is read only after the last row. Returns the note with its checksum.
     """
-    schema = _FEATURES.with_metadata({_SETTINGS: settings.model_dump_json()})
+    schema = FEATURES.with_metadata({_SETTINGS: settings.model_dump_json()})
     total = hashlib.sha256()
 
     def write(temporary: Path) -> ShardNote:

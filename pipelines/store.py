@@ -65,6 +65,7 @@ class StoreInfo(BaseModel):
     splits: dict[str, SplitInfo]
     shards: dict[str, str]  # file -> sha256 of all its feature bytes in row order
     coco_dir: str  # where the photos were, for people to read; no part of the key
+    batch_size: int = 8  # photos at once; another number rounds otherwise, so a repair takes the same
     software: dict[str, str]  # versions that made it
 
     @property
