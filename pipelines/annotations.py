@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from la.coco import Annotation, Dataset, Image
+from la.coco import VOID, Annotation, Dataset, Image, check_image
 from pipelines.shards import damaged
 from pipelines.workspace import write_whole
 
@@ -59,20 +59,37 @@ def write_dataset(path: Path, dataset: Dataset) -> None:
         ],
         schema=_IMAGES.with_metadata({_DATASET: json.dumps(about)}),
     )
-    write_whole(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+    write_whole(path, lambda temporary: pq.write_table(table, temporary, compression="zstd", write_page_checksum=True))
 
 
 def read_dataset(path: Path) -> Dataset:
-    """The dataset `write_dataset` was given, equal to it. Raises InputError for a damaged file."""
+    """The dataset `write_dataset` was given, equal to it.
+
+    Raises InputError for a damaged file, and for one of a store from elsewhere whose content cannot be. Whether run
+    lengths cover their photo is looked at where a mask is used: see `la.coco.runs_of`.
+    """
     try:
-        table = pq.read_table(path, memory_map=True).combine_chunks()
-        about = json.loads(table.schema.metadata[_DATASET])
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        table = pq.read_table(path, memory_map=True, page_checksum_verification=True).combine_chunks()
+        return _dataset(table)
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, RecursionError) as error:
         raise damaged(path, error) from error
+
+
+def _dataset(table: pa.Table) -> Dataset:
+    """Raises ValueError, and others, for a table that `write_dataset` did not write."""
+    about = json.loads(table.schema.metadata[_DATASET])
+    categories = {int(i): str(name) for i, name in about["categories"]}
+    if not table.schema.equals(_IMAGES):
+        raise ValueError("its columns are not those of images and annotations")
+    table.validate(full=True)
+    lists = table["annotations"].combine_chunks()
+    columns = lists.flatten().flatten()
+    if any(column.null_count for column in (*table.columns, *columns)):
+        raise ValueError("it has empty fields")
     rows = zip(*(table[f].to_pylist() for f in ("image_id", "file_name", "height", "width")), strict=True)
     images = {row[0]: Image(*row) for row in rows}
-    lists = table["annotations"].combine_chunks()
-    fields = dict(zip(_ANNOTATION.names, lists.flatten().flatten(), strict=True))
+    fields = dict(zip(_ANNOTATION.names, columns, strict=True))
+    _check(images, table.num_rows, categories, fields)
     owners = np.repeat(list(images), np.asarray(lists.value_lengths()))
     boxes = zip(*(fields[c].to_pylist() for c in ("x0", "y0", "x1", "y1")), strict=True)
     plain = (fields[f].to_pylist() for f in ("category_id", "is_crowd", "area"))
@@ -81,8 +98,23 @@ def read_dataset(path: Path) -> Dataset:
     for one in flat:
         grouped[one.image_id].append(one)
     return Dataset(
-        split=about["split"],
+        split=str(about["split"]),
         images=images,
-        categories={int(i): name for i, name in about["categories"]},
+        categories=categories,
         annotations={image_id: tuple(found) for image_id, found in grouped.items()},
     )
+
+
+def _check(images: dict[int, Image], rows: int, categories: dict[int, str], fields: dict[str, pa.Array]) -> None:
+    for image in images.values():
+        check_image(image)
+    ids = np.asarray(fields["id"])
+    if len(images) != rows or len(np.unique(ids)) != len(ids):
+        raise ValueError("two images or two annotations have the same id")
+    if not set(np.unique(fields["category_id"]).tolist()) <= {VOID, *categories}:
+        raise ValueError("an annotation has a category that is not listed")
+    x0, y0, x1, y1 = (np.asarray(fields[c]) for c in ("x0", "y0", "x1", "y1"))
+    if not (np.isfinite([x0, y0, x1, y1]).all() and (x0 <= x1).all() and (y0 <= y1).all()):
+        raise ValueError("a box is not finite or has a side below 0")
+    if (np.asarray(fields["area"]) < 1).any():
+        raise ValueError("an annotation has no pixels")

@@ -13,36 +13,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from la.episodes import MIN_AREA, Episode, Pair, Pool, Retrieve, evaluation_episode, training_episode
+from la.coco import Dataset
+from la.episodes import MIN_AREA, Episode, Pool, Retrieve, evaluation_episode, training_episode
 from la.errors import InputError
 from la.folds import FoldLists, fold_classes
 from la.protocols import QueryDraw, protocol_of
 from la.retrieval import SupportIndex, descriptor
 from pipelines.config import EvaluateConfig, TrainConfig
+from pipelines.episode_rows import (
+    FORMAT,
+    SCHEMA,
+    damaged_episodes,
+    digest_of_part,
+    open_part,
+    read_manifest,
+    rows_of_group,
+    rows_of_part,
+    to_episode,
+)
 from pipelines.store import FeatureStore
 from pipelines.workspace import digest, write_text, write_whole
 
-FORMAT = 1
 ROWS_PER_PART = 4096
-SCHEMA = pa.schema(
-    {
-        "index": pa.int64(),
-        "classes": pa.list_(pa.int32()),
-        "query": pa.int64(),
-        "supports": pa.list_(pa.int64()),
-        "pairs": pa.list_(
-            pa.struct(
-                {
-                    "support": pa.int16(),
-                    "slot": pa.int16(),
-                    "masks": pa.list_(pa.int64()),
-                    "points": pa.list_(pa.list_(pa.float32())),
-                    "boxes": pa.list_(pa.list_(pa.float32())),
-                }
-            )
-        ),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -161,12 +153,17 @@ def repeated(episode: Episode, times: int) -> Episode:
 
 
 class EpisodeShards:
-    """Written episodes, read one batch at a time."""
+    """The written episodes of `plan` on the photos of `dataset`, read one batch at a time.
 
-    def __init__(self, folder: Path):
+    Raises InputError from any member for files that are missing, damaged or of another data set.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, dataset: Dataset):
         self.folder = folder
-        self.manifest = json.loads((folder / "manifest.json").read_text())
-        self._open = lru_cache(maxsize=64)(lambda path: pq.ParquetFile(path, memory_map=True, pre_buffer=False))
+        self.manifest = read_manifest(folder, plan.__dict__, dataset)
+        self._plan = plan
+        self._dataset = dataset
+        self._open = lru_cache(maxsize=64)(open_part)
 
     @property
     def digest(self) -> str:
@@ -174,17 +171,23 @@ class EpisodeShards:
 
     def batch(self, group: int, position: int) -> list[Episode]:
         """Batch `position` of a group, starting over after the last."""
-        size, ways, shots = self.manifest["plan"]["batches"][group]
-        per_part = _batches_per_part(size)
-        part, row_group = divmod(position % self.manifest["plan"]["count"], per_part)
-        file = self._open(self.folder / _part_name(size, ways, shots, part))
-        return [_episode(row) for row in file.read_row_group(row_group, use_threads=False).to_pylist()]
+        size, ways, shots = self._plan.batches[group]
+        part, row_group = divmod(position % self._plan.count, _batches_per_part(size))
+        path = self.folder / _part_name(size, ways, shots, part)
+        rows = rows_of_group(path, self._open(path), row_group, size)
+        return [to_episode(path, row, self._dataset) for row in rows]
 
     def __iter__(self) -> Iterator[Episode]:
-        for size, ways, shots in self.manifest["plan"]["batches"]:
-            for path in sorted(self.folder.glob(_part_name(size, ways, shots, None))):
-                for rows in self._open(path).iter_batches(batch_size=256, use_threads=False):
-                    yield from map(_episode, rows.to_pylist())
+        for size, ways, shots in self._plan.batches:
+            left = self._plan.count
+            for part in range(-(-left // _batches_per_part(size))):
+                path = self.folder / _part_name(size, ways, shots, part)
+                file, wanted = self._open(path), size * min(left, _batches_per_part(size))
+                if file.metadata.num_rows != wanted:
+                    raise damaged_episodes(path, f"it has {file.metadata.num_rows} episodes, not {wanted}")
+                left -= _batches_per_part(size)
+                for rows in rows_of_part(path, file):
+                    yield from (to_episode(path, row, self._dataset) for row in rows)
 
 
 def ensure_episodes(plan: Plan, store: FeatureStore, workers: int = 0) -> EpisodeShards:
@@ -219,7 +222,7 @@ def ensure_episodes(plan: Plan, store: FeatureStore, workers: int = 0) -> Episod
             "digest": digest(digests, 16),
         }
         write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
-    return EpisodeShards(folder)
+    return EpisodeShards(folder, plan, store.dataset(plan.split))
 
 
 def _write_part(
@@ -227,14 +230,19 @@ def _write_part(
 ) -> str:
     """Draw and write one part, one row group a training batch; returns its content digest."""
     if path.exists():
-        return pq.read_schema(path).metadata[b"digest"].decode()
+        return digest_of_part(path)
     store = FeatureStore(store) if isinstance(store, Path) else store
     episodes = draw(plan, store, group, start, stop)
     content = hashlib.sha256(json.dumps(episodes).encode()).hexdigest()
     rows = [e._asdict() | {"pairs": [p._asdict() for p in e.pairs]} for e in episodes]
     table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"digest": content})
     row_group = size if plan.prompt is None else 64  # training reads batches at random, testing all in order
-    options = {"row_group_size": row_group, "compression": "zstd", "write_statistics": False}
+    options = {
+        "row_group_size": row_group,
+        "compression": "zstd",
+        "write_statistics": False,
+        "write_page_checksum": True,
+    }
     write_whole(path, lambda temporary: pq.write_table(table, temporary, **options))
     return content
 
@@ -243,19 +251,5 @@ def _batches_per_part(size: int) -> int:
     return max(1, ROWS_PER_PART // size)
 
 
-def _part_name(size: int, ways: int, shots: int, part: int | None) -> str:
-    return f"b{size}-n{ways}-k{shots}-" + ("*.parquet" if part is None else f"{part:05d}.parquet")
-
-
-def _episode(row: dict) -> Episode:
-    pairs = tuple(
-        Pair(
-            p["support"],
-            p["slot"],
-            tuple(p["masks"]),
-            tuple((x, y, int(label)) for x, y, label in p["points"]),
-            tuple(tuple(box) for box in p["boxes"]),
-        )
-        for p in row["pairs"]
-    )
-    return Episode(row["index"], tuple(row["classes"]), row["query"], tuple(row["supports"]), pairs)
+def _part_name(size: int, ways: int, shots: int, part: int) -> str:
+    return f"b{size}-n{ways}-k{shots}-{part:05d}.parquet"
