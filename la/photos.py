@@ -1,0 +1,50 @@
+"""Photos as users have them: files, Pillow images or arrays, of any size, grey or turned by their camera."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from la.errors import InputError
+
+Photo = Path | str | Image.Image | np.ndarray
+
+
+def open_photo(photo: Photo) -> Image.Image:
+    """RGB, upright as viewers show it; an array is (H, W, 3) or grey (H, W), uint8.
+
+    Raises InputError for a file that is missing, no image, cut off or far too large, and for another kind of array.
+    """
+    if isinstance(photo, np.ndarray):
+        if photo.dtype != np.uint8 or photo.ndim not in (2, 3) or photo.shape[2:] not in ((), (3,)) or not photo.size:
+            raise InputError(
+                f"a photo is an array {photo.shape} of {photo.dtype}; expected (height, width, 3) or (height, width) "
+                "of uint8, RGB in 0..255. Convert it."
+            )
+        return Image.fromarray(photo).convert("RGB")
+    try:
+        if isinstance(photo, Image.Image):
+            return ImageOps.exif_transpose(photo).convert("RGB")
+        with Image.open(photo) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{name_of(photo)} cannot be decoded ({error!s:.160}); expected a whole JPEG, PNG or another image that "
+            "Pillow reads. Save it anew, or leave it out."
+        ) from error
+
+
+def squash(rgb: Image.Image, image_size: int) -> torch.Tensor:
+    """(3, S, S) uint8 of an RGB photo squashed to a square, bicubic: what the backbone takes."""
+    squashed = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
+
+
+def name_of(photo: Photo) -> str:
+    """What to call a photo in messages and files: its path, or its kind and size."""
+    if isinstance(photo, np.ndarray):
+        return f"array {photo.shape[1]}x{photo.shape[0]}"
+    if isinstance(photo, Image.Image):
+        return getattr(photo, "filename", "") or f"image {photo.width}x{photo.height}"
+    return str(photo)
