@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test drill lint clean
 
 setup: $(VENV)/.installed
 
@@ -18,6 +18,9 @@ demo: setup
 
 test: setup
 	$(RUN) -m pytest
+
+drill: setup
+	$(RUN) -m pipelines.drill
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -8,7 +8,9 @@ import typer
 from commands.common import (
     WORKSPACE,
     BackboneOption,
+    BatchScaleOption,
     CocoOption,
+    DeviceOption,
     FoldOption,
     RepeatsOption,
     SizeOption,
@@ -18,6 +20,7 @@ from commands.common import (
     WorkspaceOption,
     console,
     mistakes,
+    of_recipe,
 )
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
@@ -119,6 +122,29 @@ def bench_evaluate(
         if threads:
             torch.set_num_threads(threads)
         show_bench(run(Workspace(workspace).find_store(store), preset, count, repeats))
+
+
+@app.command("training")
+def bench_training(
+    preset: Annotated[str, typer.Option(help="paper, official, hybrid or debug.")] = "paper",
+    batch_scale: BatchScaleOption = 0.5,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of each training that count, after 20 that do not.")] = 60,
+    repeats: RepeatsOption = 3,
+    device: DeviceOption = "auto",
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+) -> None:
+    """Ray Train with one worker against the same loop without Ray, and two workers against one, once they run."""
+    with mistakes():
+        from pipelines.bench_training import bench_training as run
+        from pipelines.config import default_recipe
+
+        batches = of_recipe(default_recipe(preset), batch_scale)["batches"]
+        results = run(workspace.absolute(), preset, batches, steps, repeats, store, device)
+        for result in results:
+            console.print(str(result), highlight=False, markup=False)
+        if not all(result.passed for result in results):
+            raise typer.Exit(1)
 
 
 def show_bench(result) -> None:

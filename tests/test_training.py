@@ -24,6 +24,7 @@ from pipelines.featurize import featurize
 from pipelines.methods import find_method, latest_run
 from pipelines.official import import_official
 from pipelines.predict_episodes import predictor
+from pipelines.ray_train import STARTS, Desk
 from pipelines.store import FeatureStore
 from pipelines.training import Worker, read_ahead, run_dir_of, train, train_loop, training_plans
 from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS
@@ -270,6 +271,24 @@ def test_two_workers_at_half_the_batch_have_the_gradients_of_one(workspace, pres
     for number in alone.keys() | together.keys():
         ours, theirs = (found.get(number, torch.zeros(1)) for found in (together, alone))
         torch.testing.assert_close(ours.expand_as(theirs), theirs, atol=1e-5, rtol=0)
+
+
+def test_workers_start_again_as_long_as_there_is_a_new_checkpoint_in_between():
+    desk = Desk()
+    assert all(desk.begin(mark) for mark in (None, None, 7, 7, 7, 8, *range(9, 40)))
+    assert desk.verdict() is None
+    desk.fail("ValueError: odd", mistake=False)
+    assert [desk.begin(50) for _ in range(STARTS + 1)] == [True] * STARTS + [False]
+    assert desk.verdict() == ("ValueError: odd", False)
+
+
+def test_a_users_mistake_is_not_tried_again():
+    desk = Desk()
+    assert desk.begin(None)
+    desk.fail("the disk is full", mistake=True)
+    desk.fail("RuntimeError: the other worker is gone", mistake=False)
+    assert not desk.begin(None)
+    assert desk.verdict() == ("the disk is full", True)
 
 
 def _free_port():

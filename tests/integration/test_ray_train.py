@@ -1,5 +1,9 @@
 """Training on Ray Train workers, as the command line starts it."""
 
+import pytest
+
+from pipelines.bench_training import bench_training
+from pipelines.cluster import ray_session
 from pipelines.config import FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.featurize import featurize
@@ -7,12 +11,20 @@ from pipelines.training import train
 from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS
 
 
-def test_two_ray_workers_train_report_and_finish(tmp_path):
-    scenes = draw_scenes(tmp_path / "scenes", train_images=80, val_images=48)
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Features of a few scenes, and one Ray for all tests."""
+    root = tmp_path_factory.mktemp("study")
+    scenes = draw_scenes(root / "scenes", train_images=80, val_images=48)
     settings = {"backbone": BACKBONE, "weights": WEIGHTS, "image_size": IMAGE_SIZE}
-    featurize(FeaturizeConfig(workspace=tmp_path, coco_dir=scenes, **settings))
+    featurize(FeaturizeConfig(workspace=root, coco_dir=scenes, **settings))
+    with ray_session():
+        yield root
+
+
+def test_two_ray_workers_train_report_and_finish(workspace):
     config = TrainConfig(
-        workspace=tmp_path,
+        workspace=workspace,
         preset="debug",
         workers=2,
         steps=12,
@@ -28,3 +40,13 @@ def test_two_ray_workers_train_report_and_finish(tmp_path):
     assert result.step == 12
     assert [r["step"] for r in reports] == [6, 10, 12], "one report a step, of rank 0"
     assert result.checkpoint.exists()
+
+
+def test_training_is_measured_without_ray_with_one_worker_and_with_two(workspace):
+    runs = {path.name for path in (workspace / "runs").glob("*")}
+    one, two = bench_training(workspace, "debug", ((2, 1, 1), (2, 2, 1)), steps=10, repeats=1)
+    rates = [one.details[name] for name in ("bare steps/s", "one worker", "two workers")]
+    assert all(rate > 0 for rate in rates)
+    assert one.ratio == pytest.approx(rates[1] / rates[0])
+    assert two.ratio == pytest.approx(2 * rates[2] / rates[1])
+    assert runs == {path.name for path in (workspace / "runs").glob("*")}, "a user's runs stay his own"
