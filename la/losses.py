@@ -43,11 +43,13 @@ def focal_loss(logits: Tensor, truth: Tensor, gamma: float = 2.0, class_weights:
 
 
 def iou_loss(logits: Tensor, truth: Tensor, slots: Tensor, likelihood: float = 0.1) -> Tensor:
-    """1 - the mean soft IoU of an episode's classes, plus `likelihood` x the cross entropy of its pixels.
+    """1 - the soft IoU of each class of an episode, weighed by the root of its size, and `likelihood` x cross entropy.
 
-    logits (B, C, H, W), truth (B, H, W) long with IGNORED pixels left out, slots (B, C) bool. Classes count alike
-    whatever their size, and the background only through the pixels that classes wrongly take. A class that the query
-    does not show costs what is predicted of it.
+    logits (B, C, H, W), truth (B, H, W) long with IGNORED pixels left out, slots (B, C) bool. The background counts
+    only through the pixels that classes wrongly take, and a class that the query does not show through what is
+    predicted of it. mIoU sums intersections and unions over queries, so large objects decide; were all weighed alike, a
+    threshold that suits small ones would be learned, by area alone small ones would be given up. Each episode's loss
+    is its own: batch mates and ranks change nothing.
     """
     counted = (truth != IGNORED)[:, None]
     target = truth.masked_fill(~counted[:, 0], 0)
@@ -55,8 +57,10 @@ def iou_loss(logits: Tensor, truth: Tensor, slots: Tensor, likelihood: float = 0
     predicted = logits.float().softmax(1) * counted
     true = F.one_hot(target, logits.shape[1]).movedim(-1, 1) * counted
     both = (predicted * true).sum((2, 3))[:, 1:]
-    either = (predicted + true).sum((2, 3))[:, 1:] - both
+    size = true.sum((2, 3))[:, 1:]
+    either = predicted.sum((2, 3))[:, 1:] + size - both
     few = truth[0].numel() / 720  # pixels that keep a class of none or of very few from counting in full
-    iou = (both + few) / (either + few)
+    missed = 1 - (both + few) / (either + few)
+    weight = 3 * (size.clamp(min=few) / truth[0].numel()).sqrt()  # about 1 for an object of a tenth of the photo
     shown = slots[:, 1:]
-    return likelihood * entropy + 1 - ((iou * shown).sum(1) / shown.sum(1)).mean()
+    return likelihood * entropy + ((weight * missed * shown).sum(1) / shown.sum(1)).mean()

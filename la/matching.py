@@ -58,8 +58,8 @@ class Matching(nn.Module):
     """Query against supports, by masked-average prototypes and by affinity, as maps (B, C, K, h, w); slot 0 is zeros.
 
     `prototypes`: cosines to the class and to the rest of its supports, with `metric` once more in the object metric.
-    `affinity`: log odds of the coverage that a query token reads from all support tokens, over those of the mean
-    coverage, at each of `TEMPERATURES`; in the object metric where there is one. Last, three numbers: the logs of the
+    `affinity`: log odds of the coverage that a query token reads from the support tokens of all classes of the episode,
+    over those of the mean coverage, at each of `TEMPERATURES`; in the object metric where there is one. Last, three numbers: the logs of the
     covered share of the supports, of the number of classes, and of the number of shots.
     """
 
@@ -110,7 +110,7 @@ class Matching(nn.Module):
                 maps += seen.cosines(smooth, self._in_metric(seen.covered)) if self.metric is not None else []
             share = seen.cover[0] / seen.cover[1].clamp(min=1)
             if self.affinity:
-                maps += seen.odds(share)
+                maps += seen.odds()
         ways = slots.sum(1).sub(1).to(share).repeat_interleave(c)
         numbers = (share.clamp(min=EPSILON).log() / 4, ways.clamp(min=1).log(), seen.cover[1].clamp(min=1).log())
         maps += [number[:, None].expand(-1, h * w) for number in numbers]
@@ -174,11 +174,21 @@ class _Sums:
         ready = F.normalize(prototypes, dim=-1).unflatten(1, (-1, self.slots))
         return list((query @ ready.transpose(2, 3)).transpose(2, 3).flatten(1, 2))
 
-    def odds(self, share: Tensor) -> list[Tensor]:
-        """Of each temperature (B * C, n), given the mean weight of each slot's pairs (B * C,)."""
-        coverage = self.read[..., 0] / self.read[..., 1].clamp(min=1e-30)
-        expected = share.clamp(EPSILON, 1 - EPSILON).logit()[:, None]
-        return list((coverage.clamp(EPSILON, 1 - EPSILON).logit() - expected) / 4)
+    def odds(self) -> list[Tensor]:
+        """Of each temperature (B * C, n): over the support tokens of all classes of an episode, which compete so."""
+        covered, pairs = self.cover[..., None]
+        found = logit(self.read[..., 0] / self._of_episode(self.read[..., 1]).clamp(min=1e-30))
+        return list((found - logit(covered / self._of_episode(pairs).clamp(min=1))) / 4)
+
+    def _of_episode(self, values: Tensor) -> Tensor:
+        """(..., B * C, n) -> the same, each the sum over its episode's slots."""
+        slots = values.unflatten(-2, (-1, self.slots))
+        return slots.sum(-2, keepdim=True).expand_as(slots).flatten(-3, -2)
+
+
+def logit(share: Tensor) -> Tensor:
+    """Log odds of shares, kept finite."""
+    return share.clamp(EPSILON, 1 - EPSILON).logit()
 
 
 class PromptCompletion(nn.Module):

@@ -61,6 +61,16 @@ def test_an_affinity_over_two_shots_is_the_softmax_over_the_tokens_of_both():
         torch.testing.assert_close(Matching(3)(batch)[0, 1, number].flatten(), odds, atol=1e-5, rtol=1e-4)
 
 
+def test_affinities_of_classes_compete_for_the_same_attention():
+    right = Pair(1, 1, (1,), (), ())  # the second class is what its support shows on the left, the first one's right
+    batch = batch_of(Pair(0, 0, (1,), (), ()), right, supports=(1, 101), classes=(7, 8))
+    alone = Matching(3)(batch_of(Pair(0, 0, (1,), (), ())))[0, 1, 5]
+    first, second = Matching(3)(batch)[0, 1:, 5]
+    assert (first[:, 2:] < alone[:, 2:] - 0.5).all()  # where the second class's support shows the like as background
+    read = torch.stack((first, second)) * 4 + torch.tensor(0.25).logit()
+    torch.testing.assert_close(read.sigmoid().sum(0), torch.full((4, 4), 0.5), atol=1e-3, rtol=0)
+
+
 def test_more_shots_than_fit_in_memory_at_once_give_the_same_maps(monkeypatch):
     pairs = tuple(Pair(n, n % 2, (1,), (), ()) for n in range(5))
     batch = batch_of(*pairs, supports=(1, 2, 101, 3, 102), classes=(7, 8))
@@ -139,16 +149,18 @@ def test_before_training_a_hybrid_votes_as_its_maps_do():
     torch.testing.assert_close(model.decoder(maps, maps), votes)
 
 
-def test_the_iou_loss_is_0_for_certain_truth_and_counts_classes_alike_whatever_their_size():
+def test_the_iou_loss_is_0_for_certain_truth_and_weighs_classes_by_the_root_of_their_size():
     truth = torch.zeros(1, 12, 12, dtype=torch.long)
-    truth[0, :, :6], truth[0, 0, 11], truth[0, 5, 5] = 1, 2, IGNORED
+    truth[0, :, :6], truth[0, :2, 10:], truth[0, 5, 5] = 1, 2, IGNORED
     slots = torch.ones(1, 3, dtype=torch.bool)
     sure = F.one_hot(truth.clamp(max=2), 3).movedim(-1, 1) * 40.0
     assert iou_loss(sure, truth, slots) < 1e-6
+    lost = []
     for missed in (1, 2):
         logits = sure.clone()
         logits[:, 0] += 80.0 * (truth == missed)
-        torch.testing.assert_close(iou_loss(logits, truth, slots, likelihood=0), torch.tensor(0.5), atol=0.1, rtol=0)
+        lost.append(iou_loss(logits, truth, slots, likelihood=0))
+    torch.testing.assert_close(lost[0] / lost[1], torch.tensor((71 / 4) ** 0.5), atol=0, rtol=0.06)
 
 
 def test_the_iou_loss_leaves_out_ignored_pixels_and_slots_that_an_episode_has_not():
