@@ -59,8 +59,8 @@ class Matching(nn.Module):
 
     `prototypes`: cosines to the class and to the rest of its supports, with `metric` once more in the object metric.
     `affinity`: log odds of the coverage that a query token reads from the support tokens of all classes of the episode,
-    over those of the mean coverage, at each of `TEMPERATURES`; in the object metric where there is one. Last, three numbers: the logs of the
-    covered share of the supports, of the number of classes, and of the number of shots.
+    over those of the mean coverage, at each of `TEMPERATURES`; in the object metric where there is one. Last, three
+    numbers: the logs of the covered share of the supports, of the number of classes, and of the number of shots.
     """
 
     def __init__(self, channels: int, prototypes: bool = True, affinity: bool = True, metric: bool = True):
