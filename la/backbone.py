@@ -138,6 +138,25 @@ def load_backbone(
     InputError for an unknown name, a model that is not a plain ViT, a size the patch does not divide, and weights that
     cannot be had or do not fit.
     """
+    vit = random_vit(name, image_size)
+    if weights is not None:
+        _load_file(vit, name, Path(weights))
+    else:
+        try:
+            vit = timm.create_model(name, num_classes=0, img_size=image_size, pretrained=True)
+        except Exception as error:  # the hub client raises anything from OSError to its HTTP library's own
+            raise InputError(
+                f"The weights of {name} could not be had from the model hub (timm wants {_hub_id(name)}; "
+                f"{type(error).__name__}: {error!s:.160}). Pass --weights FILE, a .safetensors or .pth in timm's names."
+            ) from error
+    return Backbone(name, vit, image_size).to(device)
+
+
+def random_vit(name: str, image_size: int) -> nn.Module:
+    """The timm ViT `name` with random weights; under `torch.device("meta")` its shapes alone.
+
+    Raises InputError as `load_backbone` does for names and sizes.
+    """
     _pretrained_config(name)
     try:
         vit = timm.create_model(name, num_classes=0, img_size=image_size)
@@ -152,17 +171,7 @@ def load_backbone(
             f"--image-size {image_size} is not a multiple of {patch}, the patch size of {name}. "
             f"Pass {lower} or {lower + patch}."
         )
-    if weights is not None:
-        _load_file(vit, name, Path(weights))
-    else:
-        try:
-            vit = timm.create_model(name, num_classes=0, img_size=image_size, pretrained=True)
-        except Exception as error:  # the hub client raises anything from OSError to its HTTP library's own
-            raise InputError(
-                f"The weights of {name} could not be had from the model hub (timm wants {_hub_id(name)}; "
-                f"{type(error).__name__}: {error!s:.160}). Pass --weights FILE, a .safetensors or .pth in timm's names."
-            ) from error
-    return Backbone(name, vit, image_size).to(device)
+    return vit
 
 
 def _pretrained_config(name: str) -> Any:

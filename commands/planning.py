@@ -1,0 +1,234 @@
+"""What a study will cost, before it is run."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from commands.common import (
+    BackboneOption,
+    BatchScaleOption,
+    DeviceOption,
+    RecipeOption,
+    SizeOption,
+    ThreadsOption,
+    WeightsOption,
+    console,
+    mistakes,
+    of_recipe,
+)
+from la.errors import InputError
+
+app = typer.Typer()
+BAR = 25  # percent that a prediction may be off
+
+
+@app.command()
+def plan(
+    images: Annotated[int, typer.Option(min=1, help="Photos to featurize, of all splits; COCO has 123287.")] = 123287,
+    backbone: BackboneOption = "vit_base_patch16_224.mae",
+    image_size: SizeOption = 480,
+    dtype: Annotated[Literal["float16", "int8"], typer.Option(help="How features are stored.")] = "float16",
+    workers: Annotated[int, typer.Option(min=1, help="Processes that work at once, one for each GPU.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that the workers are spread over.")] = 1,
+    ram_gb: Annotated[float | None, typer.Option(min=1, help="Memory of each node; default: this one's.")] = None,
+    folds: Annotated[int, typer.Option(min=1, max=4, help="Folds to train and to sweep.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each fold and variant.")] = 2000,
+    preset: Annotated[str, typer.Option(help="paper, official, hybrid or debug.")] = "paper",
+    recipe: RecipeOption = None,
+    batch_scale: BatchScaleOption = 1.0,
+    seeds: Annotated[int, typer.Option(min=1, help="Sets of test episodes of the sweep.")] = 5,
+    episodes: Annotated[int, typer.Option(min=1, help="Test episodes of each set.")] = 1000,
+    featurize_rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Photos a second of one worker; default: measured here.")
+    ] = None,
+    steps_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Of one worker, features in memory; default: measured here.")
+    ] = None,
+    read_mb_per_second: Annotated[
+        float | None, typer.Option(min=0.1, help="Of each node's way to the features; default: measured here.")
+    ] = None,
+    check: Annotated[Path | None, typer.Option(help="Hold the plan against what this workspace recorded.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hold the plan against a small real run made now, on --coco-dir.")
+    ] = False,
+    coco_dir: Annotated[Path | None, typer.Option("--coco-dir", help="COCO folder for --verify.")] = None,
+    weights: WeightsOption = None,
+    photos: Annotated[int, typer.Option(min=30, help="Photos of --verify, at most.")] = 322,
+    clock: Annotated[
+        Literal["wall", "cpu"],
+        typer.Option(help="What --verify counts; cpu: seconds that the CPU worked, right where others use it as well."),
+    ] = "wall",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Disk, reading and hours of a study, and what will hold it up. What is not given is measured here in a minute.
+
+    Rates measured here are those of this machine: plan for another one with rates measured there.
+    """
+    with mistakes():
+        from pipelines.config import FeaturizeConfig, TrainConfig, default_recipe
+
+        training = TrainConfig(
+            workspace=Path("unused"),
+            preset=preset,
+            **of_recipe(recipe or default_recipe(preset), batch_scale),
+            steps=steps,
+            device=device,
+            threads=threads,
+        )
+        if check and verify:
+            raise InputError("--check and --verify exclude each other: one looks back, the other runs. Pass one.")
+        if check:
+            from pipelines.rehearsal import check_workspace
+
+            show_comparison(check_workspace(check))
+        elif verify:
+            if coco_dir is None:
+                raise InputError("--verify runs on real photos: pass --coco-dir DIR with annotations/ and photos.")
+            from pipelines.rehearsal import rehearse
+
+            featurizing = FeaturizeConfig(
+                workspace=Path("unused"),
+                coco_dir=coco_dir,
+                backbone=backbone,
+                weights=weights,
+                image_size=image_size,
+                device=device,
+                threads=threads,
+            )
+            seconds = time.perf_counter if clock == "wall" else time.process_time
+            say = partial(console.print, style="dim")
+            show_comparison(rehearse(featurizing, training, photos, seconds, say))
+        else:
+            from pipelines.capacity import Cluster, bytes_per_image, rates_of_steps, store_bytes
+            from pipelines.probes import feature_shape, measure_featurizing, measure_reading
+
+            grid, channels = feature_shape(backbone, image_size)
+            features = bytes_per_image(grid, channels, dtype)
+            with tempfile.TemporaryDirectory(prefix="la-plan-") as name:
+                folder = Path(name)
+                disk_rate = read_mb_per_second or told("reading", lambda: measure_reading(folder))
+                cluster = Cluster(disk_rate, workers, nodes, ram_gb or memory_gb())
+                rate = featurize_rate or told(
+                    "the ViT",
+                    lambda: measure_featurizing(folder, backbone, image_size, device=device, threads=threads),
+                )
+                if steps_per_second:
+                    jobs = trials(training, lambda c: rates_of_steps(steps_per_second, c.batches), seeds, episodes)
+                else:
+                    jobs = trials(training, measured_here(folder, backbone, image_size), seeds, episodes)
+            store = store_bytes(images, features)
+            show_plan(images, features, store, rate, jobs, folds, cluster, dtype)
+
+
+def trials(training, rates_of: Callable, seeds: int, episodes: int) -> tuple:
+    """(the training asked for, the trials of the ablation sweep on one fold) with the rates of each."""
+    from pipelines.capacity import Training
+    from sweeps.ablations import ABLATIONS
+
+    tasks = tuple(
+        ((ways, shots), len(ABLATIONS.prompts) * seeds * episodes)
+        for ways in ABLATIONS.ways
+        for shots in ABLATIONS.shots
+    )
+
+    def job(config, tasks=()) -> Training:
+        drawn = config.train_batches * sum(size for size, _, _ in config.batches) // len(config.batches)
+        lengths = (config.steps, config.val_every, config.val_episodes)
+        return Training(config.batches, *lengths, rates_of(config), drawn, tasks)
+
+    sweep = []
+    for variant in ABLATIONS.variants:
+        if variant.trained:
+            known = {"recipe": training.recipe, "batches": training.batches} | dict(variant.overrides)
+            if "recipe" in variant.overrides:  # settings of its own, batches included
+                known.pop("batches")
+            base = {"steps": training.steps, "device": training.device, "threads": training.threads}
+            sweep.append(job(type(training)(workspace=training.workspace, **(base | known)), tasks))
+    return job(training), sweep
+
+
+def measured_here(folder: Path, backbone: str, image_size: int) -> Callable:
+    """Rates of a training config, measured on made-up features once for each preset and its batches."""
+    from pipelines.probes import made_up_store, measure_training
+
+    workspace = made_up_store(folder, backbone, image_size)
+    known: dict[tuple, object] = {}
+
+    def rates_of(config):
+        # the variants of a preset cost nearly the same: one with all its parts stands for them
+        key = (config.preset, config.batches)
+        if key not in known:
+            base = type(config)(
+                workspace=workspace,
+                preset=config.preset,
+                recipe=config.recipe,
+                batches=config.batches,
+                device=config.device,
+                threads=config.threads,
+            )
+            known[key] = told(f"training, {config.preset}", lambda: measure_training(base, ((1, 1), (2, 1))))
+        return known[key]
+
+    return rates_of
+
+
+def told(what: str, measure: Callable):
+    """What `measure` gives, with a line that says what is measured meanwhile."""
+    with console.status(f"measuring {what} on this machine"):
+        return measure()
+
+
+def memory_gb() -> float:
+    """Memory of this machine in 1e9 bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def show_plan(images, features, store, rate, jobs, folds, cluster, dtype) -> None:
+    """The plan as two tables: sizes and rates, then stages."""
+    from pipelines.capacity import images_per_step, plan_featurizing, plan_sweep, plan_training
+
+    training, sweep = jobs
+    read = images_per_step(training.batches)
+    sizes = Table("what", "number", title="Sizes and rates", title_justify="left")
+    sizes.add_row(f"features of a photo, {dtype}", f"{features / 1e6:.3f} MB")
+    sizes.add_row(f"store of {images} photos", f"{store / 1e9:.1f} GB")
+    sizes.add_row("of it, a node's memory holds", f"{100 * cluster.cached(store):.0f} %")
+    sizes.add_row("a worker reads in a training step", f"{read:.1f} photos, {read * features / 1e6:.0f} MB")
+    sizes.add_row("a worker featurizes", f"{rate:.3g} photos/s")
+    sizes.add_row("a worker trains", f"{1 / training.rates.step_seconds:.3g} steps/s")
+    sizes.add_row("a worker evaluates, 1-way 1-shot", f"{1 / training.rates.episode((1, 1)):.3g} episodes/s")
+    sizes.add_row("a node's disk gives", f"{cluster.read_mb:.0f} MB/s")
+    console.print(sizes)
+    stages = [
+        plan_featurizing(images, features, rate, cluster),
+        plan_training(f"train {folds} folds", [training] * folds, features, store, cluster),
+        plan_sweep(f"sweep ablations, {len(sweep) * folds} trials", sweep * folds, features, store, cluster),
+    ]
+    table = Table("stage", "hours", "MB/s of a node", "bottleneck", title_justify="left")
+    table.title = f"{cluster.workers} workers on {cluster.nodes} nodes"
+    for stage in stages:
+        table.add_row(stage.name, f"{stage.hours:.3g}", f"{stage.read_mb:.0f}", stage.bottleneck)
+    console.print(table)
+    console.print(f"together {sum(stage.hours for stage in stages):.3g} hours")
+
+
+def show_comparison(compared) -> None:
+    """Predicted beside measured; exit code 1 where one is off by more than BAR percent."""
+    table = Table("what", "predicted", "measured", "unit", "error")
+    for one in compared:
+        table.add_row(one.name, f"{one.predicted:.4g}", f"{one.measured:.4g}", one.unit, f"{one.error:+.1f} %")
+    console.print(table)
+    worst = max(compared, key=lambda one: abs(one.error))
+    passed = abs(worst.error) <= BAR
+    verdict = "within" if passed else "NOT within"
+    console.print(f"{verdict} {BAR} %: the largest error is {worst.error:+.1f} % ({worst.name})")
+    if not passed:
+        raise typer.Exit(1)

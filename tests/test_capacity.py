@@ -1,0 +1,220 @@
+"""The plan's arithmetic, the probes that feed it, and both against small real runs."""
+
+import dataclasses
+
+import pytest
+from typer.testing import CliRunner
+
+import cli
+from la.errors import InputError
+from pipelines.capacity import (
+    Cluster,
+    Training,
+    TrainRates,
+    bytes_per_image,
+    images_per_step,
+    plan_featurizing,
+    plan_sweep,
+    plan_training,
+    rates_of_steps,
+    store_bytes,
+)
+from pipelines.config import PAPER_BATCHES, FeaturizeConfig, TrainConfig
+from pipelines.demo.scenes import draw_scenes
+from pipelines.episodes import ensure_episodes, training_plan
+from pipelines.probes import (
+    Stopwatch,
+    feature_shape,
+    made_up_store,
+    measure_featurizing,
+    measure_reading,
+    measure_training,
+)
+from pipelines.rehearsal import Compared, check_workspace, rehearse
+from pipelines.store import FeatureStore
+from pipelines.training import train
+from pipelines.workspace import Workspace
+from tests.conftest import TINY
+
+FEATURES = bytes_per_image((30, 30), 768, "float16")
+SMALL = ((2, 1, 1), (1, 2, 1))
+
+
+def training(steps: int = 1000, step_seconds: float = 0.1, **other) -> Training:
+    return Training(PAPER_BATCHES, steps, 250, 100, TrainRates(step_seconds), **other)
+
+
+def test_bytes_are_those_of_coco_at_the_papers_setting():
+    assert FEATURES == 30 * 30 * 768 * 2 == 1_382_400
+    assert bytes_per_image((30, 30), 768, "int8") == 30 * 30 * (768 + 2)
+    assert store_bytes(123_287, FEATURES) == pytest.approx(170.7e9, rel=1e-3)
+    assert bytes_per_image((30, 30), 768, "int8") <= 0.52 * FEATURES
+
+
+def test_a_step_reads_queries_and_supports_of_the_mean_batch():
+    assert images_per_step(((16, 1, 1),)) == 32
+    assert images_per_step(PAPER_BATCHES) == (20 + 18 + 24 + 20 + 20 + 32) / 6
+
+
+def test_memory_that_holds_the_store_leaves_compute_as_the_bottleneck():
+    store = store_bytes(10_000, FEATURES)
+    stage = plan_training("x", [training()], FEATURES, store, Cluster(read_mb=1, ram_gb=64))
+    assert stage.bottleneck == "compute"
+    assert stage.hours * 3600 == pytest.approx(100)
+
+
+def test_a_store_larger_than_memory_waits_for_the_disk():
+    store = store_bytes(123_287, FEATURES)
+    cluster = Cluster(read_mb=100, workers=8, nodes=2, ram_gb=64)
+    stage = plan_training("x", [training()], FEATURES, store, cluster)
+    missed = images_per_step(PAPER_BATCHES) * FEATURES * (1 - 0.8 * 64e9 / store)
+    assert stage.hours * 3600 == pytest.approx(1000 * 4 * missed / 100e6)
+    assert stage.bottleneck.startswith("disk: 64 GB of memory cache 30 %")
+    twice = plan_training("x", [training()], FEATURES, store, dataclasses.replace(cluster, read_mb=200))
+    assert twice.hours == pytest.approx(stage.hours / 2)
+
+
+def test_the_rate_of_a_node_is_what_its_workers_take_together():
+    cluster = Cluster(read_mb=1e5, workers=8, nodes=2, ram_gb=1000)
+    stage = plan_training("x", [training(step_seconds=0.05)], FEATURES, 10**9, cluster)
+    assert stage.read_mb == pytest.approx(4 * images_per_step(PAPER_BATCHES) * FEATURES / 0.05 / 1e6)
+
+
+def test_featurizing_is_bound_by_compute_or_by_writing():
+    cluster = Cluster(read_mb=1000, workers=4)
+    assert plan_featurizing(3600, FEATURES, 0.25, cluster).hours == pytest.approx(1.0)
+    fast = plan_featurizing(3600, FEATURES, 1e6, cluster)
+    assert fast.hours * 3600 == pytest.approx(3600 * FEATURES / 1e9)
+    assert fast.bottleneck.startswith("disk")
+
+
+def test_a_sweep_is_shared_out_and_no_faster_than_its_longest_trial():
+    trials = [training(), training(), training(steps=2000)]
+    assert plan_sweep("x", trials, FEATURES, 10**9, Cluster(read_mb=1000, workers=2)).hours * 3600 == pytest.approx(200)
+    assert plan_sweep("x", trials, FEATURES, 10**9, Cluster(read_mb=1000)).hours * 3600 == pytest.approx(400)
+    judged = [
+        dataclasses.replace(t, rates=TrainRates(0.1, evaluate_seconds={(1, 1): 1}), val_episodes=0) for t in trials
+    ]
+    judged = [dataclasses.replace(t, tasks=(((1, 1), 500),)) for t in judged]
+    stage = plan_sweep("x", judged, FEATURES, 10**9, Cluster(read_mb=1000))
+    assert stage.hours * 3600 == pytest.approx(400 + 3 * 500)
+    assert "evaluation" in stage.bottleneck
+
+
+def test_validations_and_drawing_are_part_of_training():
+    rates = TrainRates(0.1, start_seconds=5, draw_seconds=0.01, evaluate_seconds={(1, 1): 0.5})
+    whole = Training(PAPER_BATCHES, 600, 250, 100, rates, drawn=300)
+    # 600 steps, 300 episodes drawn, three validations: at 250, 500 and the end
+    assert whole.seconds(FEATURES, 10**9, Cluster(read_mb=1000)) == pytest.approx(60 + 5 + 3 + 3 * 100 * 0.5)
+
+
+def test_an_episode_not_measured_costs_by_its_photos():
+    rates = TrainRates(1, evaluate_seconds={(1, 1): 0.2, (5, 5): 1.3})
+    assert rates.episode((1, 1)) == 0.2
+    assert rates.episode((2, 1)) == pytest.approx(0.3)
+    assert rates.episode((4, 5)) == pytest.approx(1.3 * 21 / 26)
+    assert rates_of_steps(2, ((4, 1, 1),)).episode((1, 1)) == pytest.approx(1 / 2 / 8 * 2)
+
+
+def test_more_nodes_than_workers_are_refused():
+    with pytest.raises(InputError, match="--nodes is 4, but --workers is 2"):
+        Cluster(read_mb=1, workers=2, nodes=4)
+
+
+def test_shapes_are_known_without_weights():
+    assert feature_shape("vit_base_patch16_224.mae", 480) == ((30, 30), 768)
+    assert feature_shape("vit_small_patch14_dinov2", 420) == ((30, 30), 384)
+    with pytest.raises(InputError, match="not a multiple of 16"):
+        feature_shape("vit_base_patch16_224.mae", 470)
+
+
+def test_a_kind_of_batch_that_never_came_costs_by_its_photos():
+    watch = Stopwatch()
+    watch.calls = [(at, kind) for at, kind in zip((0, 9, 10, 11, 13), [(2, 1, 1)] * 3 + [(1, 2, 1)] * 2, strict=True)]
+    # 1 s for 4 photos and 2 s for 3: 3/7 s each; the first step is left out
+    assert watch.step_seconds([(2, 1, 1), (1, 2, 1), (1, 6, 1)]) == pytest.approx((1 + 2 + 3) / 3)
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    return made_up_store(tmp_path_factory.mktemp("made-up"), TINY["backbone"], TINY["image_size"])
+
+
+def config_of(workspace, **other) -> TrainConfig:
+    return TrainConfig(workspace=workspace, preset="debug", batches=SMALL, threads=1, **other)
+
+
+def test_a_made_up_store_is_a_store_whose_steps_read_what_the_plan_counts(made_up):
+    store = FeatureStore(Workspace(made_up).find_store())
+    assert len(list(store.verify())) == 2
+    batches = ((2, 1, 5), (1, 4, 2))
+    shards = ensure_episodes(training_plan(TrainConfig(workspace=made_up, batches=batches, train_batches=20)), store)
+    for group, (_, ways, shots) in enumerate(batches):
+        for episode in (e for place in range(10) for e in shards.batch(group, place)):
+            assert len(episode.supports) == ways * shots
+
+
+def test_the_probes_measure_positive_rates(made_up, tmp_path, tiny_weights):
+    rates = measure_training(config_of(made_up), ((1, 1), (2, 1)))
+    assert rates.step_seconds > 0
+    assert rates.episode((1, 1)) > 0
+    assert rates.episode((2, 1)) > 0
+    assert measure_featurizing(tmp_path, TINY["backbone"], TINY["image_size"], photos=12) > 0
+    assert measure_reading(tmp_path) > 1
+    assert not (tmp_path / "read-probe").exists()
+
+
+def test_verify_and_check_hold_the_plan_against_runs(tmp_path, tiny_weights):
+    scenes = draw_scenes(tmp_path / "scenes", train_images=80, val_images=40)
+    featurizing = FeaturizeConfig(workspace=tmp_path, coco_dir=scenes, weights=tiny_weights, threads=1, **TINY)
+    steps = config_of(tmp_path, steps=30, val_every=30, val_episodes=5)
+    found = {one.name: one for one in rehearse(featurizing, steps, photos=120)}
+    assert set(found) == {"disk", "featurize", "photos read a step", "train", "evaluate"}
+    assert abs(found["disk"].error) < 10
+    assert all(one.predicted > 0 and one.measured > 0 for one in found.values())
+
+    with pytest.raises(InputError, match="holds no features"):
+        check_workspace(tmp_path / "empty")
+    from pipelines.featurize import featurize
+
+    featurize(featurizing)
+    with pytest.raises(InputError, match="no finished training"):
+        check_workspace(tmp_path)
+    train(steps)
+    found = {one.name: one for one in check_workspace(tmp_path)}
+    assert found["training steps"].measured > 0
+    assert abs(found["disk"].error) < 10
+
+
+def test_the_error_is_in_percent_of_what_was_measured():
+    assert Compared("x", 75, 100, "s").error == pytest.approx(-25)
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(cli.app, ["plan", *arguments], env={"COLUMNS": "140"})
+
+
+def test_plan_prints_sizes_stages_and_the_bottleneck():
+    rates = ("--featurize-rate", "300", "--steps-per-second", "20", "--read-mb-per-second", "500", "--ram-gb", "64")
+    result = run("--workers", "8", *rates)
+    assert result.exit_code == 0, result.output
+    assert "170.7 GB" in result.output
+    assert "22.3 photos, 31 MB" in result.output
+    assert "64 GB of memory cache 30 %" in result.output
+    half = run("--workers", "8", "--dtype", "int8", *rates)
+    assert "85.7 GB" in half.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--verify",), "--coco-dir"),
+        (("--verify", "--check", "x"), "exclude each other"),
+        (("--nodes", "3", "--read-mb-per-second", "1"), "--workers is 1"),
+        (("--image-size", "470"), "multiple of 16"),
+    ],
+)
+def test_mistakes_are_told(arguments, told):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert told in result.output
