@@ -19,6 +19,8 @@ def ray_session() -> Iterator[None]:
     PYTHONPATH, because their working directory is a temporary folder. Raises InputError where no cluster answers.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # each report waits for a health check
+    # of 60 by default: on a busy machine, or from a shared disk, importing torch takes longer, each time anew
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     import ray
 
     if ray.is_initialized():
