@@ -43,7 +43,7 @@ class _Manifest(BaseModel):
     episodes: Whole
     classes_drawn: list[Whole]
     classes_skipped: dict[int, str]
-    digest: str
+    digest: str = Field(pattern="^[0-9a-f]{16}$")
 
 
 def read_manifest(folder: Path, plan: dict, dataset: Dataset) -> dict:

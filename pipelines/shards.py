@@ -157,11 +157,16 @@ class MappedShard:
         self._shape = shape
         self._starts = []
         column = file.schema_arrow.get_field_index("features")
+        if column < 0:
+            raise damaged(path, ValueError("it has no features"))
+        whole = path.stat().st_size
         for group in range(file.metadata.num_row_groups):
             chunk = file.metadata.row_group(group).column(column)
             header = chunk.total_compressed_size - size
             if chunk.compression != "UNCOMPRESSED" or chunk.num_values != 1 or not 0 < header <= PAGE_HEADER:
                 raise damaged(path, ValueError(f"row group {group} is not one plain image of {size} bytes"))
+            if not 0 <= chunk.data_page_offset <= whole - header - size:
+                raise damaged(path, ValueError(f"row group {group} lies beyond its end"))
             self._starts.append(chunk.data_page_offset + header)
         with open(path, "rb") as content:
             self._bytes = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)

@@ -11,6 +11,8 @@ The key, which names the folder, is a digest of what it was made from; see Store
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +32,8 @@ from pipelines.shards import FORMAT, MappedShard, ShardNote, StoreSettings, dama
 from pipelines.workspace import write_whole
 
 T = TypeVar("T")
+MOST_NUMBERS = 2**30  # of one photo's features: 2 GB
+_SHARD_NAME = re.compile(r"\w+/part-\d{5,9}\.parquet")
 _INDEX = pa.schema(
     {
         "image_id": pa.int64(),
@@ -122,7 +126,7 @@ def read_info(path: Path) -> StoreInfo:
         version = content["settings"]["format"]
     except FileNotFoundError as error:
         raise InputError(f"{path} is no complete feature store: no store.json. Run `featurize` to the end.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(file, error) from error
     if version != FORMAT:
         raise InputError(
@@ -138,6 +142,10 @@ def read_info(path: Path) -> StoreInfo:
             f"{file} names key {info.key}, but its settings give {info.settings.key}: it was edited or its settings "
             "are another store's. Remove it and run `featurize` again."
         )
+    if min(info.patch_size, info.channels, *info.grid) < 1 or math.prod(info.grid) * info.channels > MOST_NUMBERS:
+        raise damaged(file, ValueError(f"no photo has {info.channels} channels of {info.grid} tokens"))
+    if not all(_SHARD_NAME.fullmatch(name) for name in info.shards):
+        raise damaged(file, ValueError("it names shards that lie elsewhere"))
     return info
 
 
@@ -145,9 +153,16 @@ def read_index(path: Path) -> pa.Table:
     """`index.parquet` of the store in `path`. Raises InputError where it is missing or damaged."""
     file = path / "index.parquet"
     try:
-        return pq.read_table(file, schema=_INDEX, memory_map=True)
-    except (OSError, pa.ArrowException) as error:
+        table = pq.read_table(file, schema=_INDEX, memory_map=True)
+        table.validate(full=True)
+        if any(column.null_count for column in table.columns):
+            raise ValueError("it has empty fields")
+        ids = table["image_id"].to_numpy()
+        if len(np.unique(ids)) != len(ids) or (table["row_group"].to_numpy() < 0).any():
+            raise ValueError("an image stands in it twice, or nowhere in its shard")
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise damaged(file, error) from error
+    return table
 
 
 class _Index:
@@ -254,6 +269,8 @@ class FeatureStore:
             ) from error
         shard = self._shards.get(file)
         if shard is None:
+            if file not in self.info.shards:
+                raise damaged(self.path / "index.parquet", ValueError(f"{file!r:.60} is no shard of this store"))
             shard = self._shards[file] = MappedShard(self.path / file, self.key, self._shape, self.info.dtype)
         try:
             return read(shard, group)
