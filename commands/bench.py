@@ -147,6 +147,23 @@ def bench_training(
             raise typer.Exit(1)
 
 
+@app.command("scale")
+def bench_scale(
+    images: Annotated[int, typer.Option(min=1000, help="Of the made-up store.")] = 100_000,
+    count: Annotated[int, typer.Option("--episodes", min=1000, help="Drawn, written and read.")] = 1_000_000,
+) -> None:
+    """A made-up store of very many images and its episodes: seconds and memory against their bars."""
+    with mistakes():
+        from pipelines.bench_scale import bench_scale as run
+
+        results = []
+        for result in run(images, count):
+            console.print(str(result), highlight=False, markup=False)
+            results.append(result)
+        if not all(result.passed for result in results):
+            raise typer.Exit(1)
+
+
 def show_bench(result) -> None:
     """Print a measurement; exit code 1 where it misses its bar."""
     console.print(str(result), highlight=False, markup=False)

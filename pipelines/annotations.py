@@ -1,6 +1,7 @@
 """The images and annotations of one split as one Parquet table, so that no later verb needs the COCO folder."""
 
 import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +70,11 @@ def read_dataset(path: Path) -> Dataset:
     lengths cover their photo is looked at where a mask is used: see `la.coco.runs_of`.
     """
     try:
-        table = pq.read_table(path, memory_map=True, page_checksum_verification=True).combine_chunks()
-        return _dataset(table)
+        table = pq.read_table(path, memory_map=True, page_checksum_verification=True, use_threads=False)
+        dataset = _dataset(table.combine_chunks())
+        del table
+        pa.default_memory_pool().release_unused()  # what reading took is as much again
+        return dataset
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, RecursionError) as error:
         raise damaged(path, error) from error
 
@@ -90,19 +94,37 @@ def _dataset(table: pa.Table) -> Dataset:
     images = {row[0]: Image(*row) for row in rows}
     fields = dict(zip(_ANNOTATION.names, columns, strict=True))
     _check(images, table.num_rows, categories, fields)
-    owners = np.repeat(list(images), np.asarray(lists.value_lengths()))
-    boxes = zip(*(fields[c].to_pylist() for c in ("x0", "y0", "x1", "y1")), strict=True)
-    plain = (fields[f].to_pylist() for f in ("category_id", "is_crowd", "area"))
-    flat = map(Annotation, fields["id"].to_pylist(), owners.tolist(), *plain, boxes, fields["counts"].to_pylist())
-    grouped: dict[int, list[Annotation]] = {image_id: [] for image_id in images}
-    for one in flat:
-        grouped[one.image_id].append(one)
     return Dataset(
         split=str(about["split"]),
         images=images,
         categories=categories,
-        annotations={image_id: tuple(found) for image_id, found in grouped.items()},
+        annotations=_Annotations(images, np.asarray(lists.value_lengths()), fields),
     )
+
+
+class _Annotations(Mapping[int, tuple[Annotation, ...]]):
+    """image id -> its annotations, made when asked for: as Python objects COCO's 900,000 would take more than 1 GB."""
+
+    def __init__(self, image_ids: Iterable[int], lengths: np.ndarray, fields: dict[str, pa.Array]):
+        self._place = {image_id: place for place, image_id in enumerate(image_ids)}
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+        self._counts = fields["counts"]
+        self._columns = [column.to_numpy(zero_copy_only=False) for name, column in fields.items() if name != "counts"]
+
+    def __getitem__(self, image_id: int) -> tuple[Annotation, ...]:
+        place = self._place[image_id]
+        part = slice(self._ends[place - 1] if place else 0, self._ends[place])
+        columns = (column[part].tolist() for column in self._columns)
+        return tuple(
+            Annotation(i, image_id, category, is_crowd, area, tuple(box), counts)
+            for i, category, is_crowd, area, *box, counts in zip(*columns, self._counts[part].to_pylist(), strict=True)
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)
 
 
 def _check(images: dict[int, Image], rows: int, categories: dict[int, str], fields: dict[str, pa.Array]) -> None:

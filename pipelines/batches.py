@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from la.batch import EpisodeBatch, pack
-from la.coco import Annotation, decode, drawing_order, label_map
+from la.coco import decode, drawing_order, label_map
 from la.episodes import Episode
 from pipelines.store import FeatureStore
 
@@ -28,7 +28,6 @@ class BatchBuilder:
         self.dataset = store.dataset(split)
         self.truth_size = tuple(4 * n for n in store.info.grid)
         self.mask_size = (mask_px, mask_px) if mask_px else self.truth_size
-        self._annotations = {a.id: a for found in self.dataset.annotations.values() for a in found}
         self._coverage = lru_cache(int(CACHE_BYTES / (self.mask_size[0] * self.mask_size[1])))(self._draw_coverage)
 
     def pack(self, episodes: Sequence[Episode], supports: range | None = None) -> EpisodeBatch:
@@ -60,18 +59,18 @@ class BatchBuilder:
     def _mask(self, image_id: int, annotation_ids: tuple[int, ...]) -> Tensor:
         union = np.zeros(self.mask_size, np.float32)
         for one in annotation_ids:
-            union += self._coverage(one, self.mask_size)
+            union += self._coverage(image_id, one, self.mask_size)
         return torch.from_numpy(union.clip(max=255) / 255)
 
-    def _draw_coverage(self, annotation_id: int, size: tuple[int, int]) -> np.ndarray:
+    def _draw_coverage(self, image_id: int, annotation_id: int, size: tuple[int, int]) -> np.ndarray:
         """(*size) uint8: share of each cell that the instance covers, 255 = all."""
-        one: Annotation = self._annotations[annotation_id]
-        mask = decode([one], *self._size(one.image_id)) * np.uint8(255)
+        one = next(a for a in self.dataset.annotations[image_id] if a.id == annotation_id)
+        mask = decode([one], *self._size(image_id)) * np.uint8(255)
         return np.asarray(Pillow.fromarray(mask).resize(size[::-1], Pillow.Resampling.BOX))
 
     def _small_truth(self, image_id: int, classes: Sequence[int]) -> Tensor:
         """The label map drawn from small masks, in the order in which `label_map` draws it."""
         labels = np.zeros(self.truth_size, np.int64)
         for one, label in drawing_order(self.dataset.annotations[image_id], classes):
-            labels[self._coverage(one.id, self.truth_size) > 127] = label
+            labels[self._coverage(image_id, one.id, self.truth_size) > 127] = label
         return torch.from_numpy(labels)

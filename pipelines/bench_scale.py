@@ -1,14 +1,30 @@
-"""What size costs: features in eight bits against sixteen, and a store of very many images."""
+"""What size costs: features in eight bits against sixteen, and a store and episodes of very many images."""
 
+import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from pycocotools import mask as rle_tools
 
+from la.coco import Annotation, Dataset, Image
 from pipelines.bench import BenchResult, in_turn
-from pipelines.store import FeatureStore, read_info
+from pipelines.cluster import CODE
+from pipelines.config import TrainConfig
+from pipelines.episodes import EpisodeShards, ensure_episodes, training_plan
+from pipelines.featurize import plan_shards
+from pipelines.shards import ShardNote, StoreSettings, shard_file, write_shard
+from pipelines.store import FeatureStore, SplitInfo, StoreInfo, finish_store, read_info
 
 READ_AT_ONCE = 8  # images of a batch
+OBJECTS = 7  # on each image of a made-up store, about as many as in COCO
+SIDE = 480  # pixels of its photos
 
 
 def int8_beside(store_path: Path) -> Path | None:
@@ -60,3 +76,165 @@ def bench_int8(plain_path: Path, small_path: Path, images: int = 300, repeats: i
         BenchResult("int8: bytes of the store against float16", sizes[0] / sizes[1], 0.52, "at most", details),
         BenchResult("int8: random read against float16", raw_ratio, 1.0, "at most", read),
     ]
+
+
+def large_store(root: Path, images: int) -> Path:
+    """A store of so many images as COCO has them, 7 objects of 80 classes on each, with features of 8 numbers.
+
+    A tenth of the images are the val split. Objects take their masks from a thousand drawn once.
+    """
+    generator = np.random.default_rng(0)
+    settings = StoreSettings(
+        annotations={}, backbone="none", weights="none", image_size=16, preprocessing={}, layer="none"
+    )
+    path = root / "features" / settings.key
+    counts = {"train": images - images // 10, "val": images // 10}
+    masks = [_mask(generator) for _ in range(1000)]
+    datasets, checksums, first = {}, {}, 1
+    for split, count in counts.items():
+        datasets[split] = _dataset(split, range(first, first + count), masks, generator)
+        first += count
+        shards = plan_shards(path, {split: datasets[split]}, {split: path}, None)
+        for shard in shards:
+            note = ShardNote(
+                key=settings.key,
+                split=split,
+                number=shard.number,
+                image_ids=[image.id for image in shard.images],
+                skipped={},
+                weights_digest="none",
+                patch_size=8,
+                channels=2,
+                grid=(2, 2),
+            )
+            features = generator.normal(size=(len(shard.images), 2, 2, 2)).astype(np.float16)
+            made = write_shard(shard.file, settings, note, zip(shard.images, features, strict=True))
+            checksums[shard_file(split, shard.number)] = made.features_sha256
+    info = StoreInfo(
+        key=settings.key,
+        settings=settings,
+        weights_digest="none",
+        patch_size=8,
+        channels=2,
+        grid=(2, 2),
+        splits={
+            s: SplitInfo(name=s, images=len(d.images), annotations=OBJECTS * len(d.images), skipped={})
+            for s, d in datasets.items()
+        },
+        shards=checksums,
+        coco_dir="",
+        software={},
+    )
+    finish_store(path, info, datasets)
+    return path
+
+
+def _mask(generator: np.random.Generator) -> tuple[int, tuple[float, float, float, float], bytes]:
+    """(area, box, run lengths) of an ellipse, on a photo of SIDE pixels a side."""
+    radii = generator.uniform(SIDE / 40, SIDE / 4, 2)
+    centre = generator.uniform(radii, SIDE - radii)
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    outline = centre + radii * np.stack((np.cos(angles), np.sin(angles)), 1)
+    (rle,) = rle_tools.frPyObjects([outline.ravel().tolist()], SIDE, SIDE)
+    x, y, w, h = (float(v) for v in rle_tools.toBbox(rle))
+    return int(rle_tools.area(rle)), (x, y, x + w, y + h), rle["counts"]
+
+
+def _dataset(split: str, ids: range, masks: list, generator: np.random.Generator) -> Dataset:
+    images = {i: Image(i, f"{i:012d}.jpg", SIDE, SIDE) for i in ids}
+    classes = generator.integers(1, 81, (len(ids), OBJECTS)).tolist()
+    chosen = generator.integers(0, len(masks), (len(ids), OBJECTS)).tolist()
+    annotations = {
+        i: tuple(
+            Annotation(OBJECTS * i + n, i, c, False, *masks[m]) for n, (c, m) in enumerate(zip(cs, ms, strict=True))
+        )
+        for i, cs, ms in zip(ids, classes, chosen, strict=True)
+    }
+    return Dataset(split, images, {c: f"class {c}" for c in range(1, 81)}, annotations)
+
+
+_OPENING = """
+import json, resource, sys, time
+from pipelines.store import FeatureStore
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+before, started, worked = resident(), time.perf_counter(), time.process_time()
+store = FeatureStore(sys.argv[1])
+count = len(store.index)
+waited, seconds = time.perf_counter() - started, time.process_time() - worked
+for image_id in range(1, count + 1, max(1, count // 100)):
+    store.read(image_id)
+opened = resident() - before
+worked = time.process_time()
+datasets = [store.dataset(split) for split in store.info.splits]
+loaded = time.process_time() - worked
+print(json.dumps({"index s": seconds, "by the clock": waited, "opened MB": opened / 1e6, "annotations s": loaded,
+                  "with annotations MB": (resident() - before) / 1e6}))
+"""
+
+_READING = """
+import json, resource, sys, time
+from pipelines.bench_scale import training_episodes
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+shards = training_episodes(sys.argv[1], int(sys.argv[2]))
+episodes, started = iter(shards), time.perf_counter()
+most = max(1, shards.manifest["episodes"] // 10)
+count = sum(1 for _ in zip(range(most), episodes))
+tenth = peak()
+count += sum(1 for _ in episodes)
+print(json.dumps({"read": count, "episodes/s": count / (time.perf_counter() - started),
+                  "grown MB": (peak() - tenth) / 1e6}))
+"""
+
+
+def bench_scale(images: int, episodes: int, folder: Path | None = None) -> Iterator[BenchResult]:
+    """A made-up store and its training episodes: opened, drawn, written, streamed, each against its bar.
+
+    The bars are of 100,000 images and 1,000,000 episodes. What is made lies in `folder`, or in one that is removed
+    at the end. What is read is read by a process of its own, so that nothing counts but what it needs. Seconds are
+    those of the processor: one core that does nothing else; the details say how long it was by the clock.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as root:
+        path = large_store(Path(root), images)
+        opened = _in_a_process(_OPENING, path)
+        told = {"images": images, "by the clock": opened["by the clock"]}
+        yield BenchResult("scale: seconds to load the index", opened["index s"], 2.0, "at most", told)
+        told = {name: opened[name] for name in ("annotations s", "with annotations MB")}  # once something asks for them
+        yield BenchResult("scale: MB to open the store", opened["opened MB"], 200.0, "at most", told)
+
+        started, worked = time.perf_counter(), time.process_time()
+        shards = training_episodes(path, episodes)
+        minutes = (time.process_time() - worked) / 60
+        count = shards.manifest["episodes"]
+        details = {"episodes": count, "episodes/s": count / (60 * minutes)}
+        details |= {"minutes by the clock": (time.perf_counter() - started) / 60}
+        name = "scale: minutes to draw and write the episodes"
+        yield BenchResult(name, minutes, 10.0 * episodes / 1e6, "at most", details)
+
+        read = _in_a_process(_READING, path, str(episodes))
+        if read["read"] != count:
+            raise AssertionError(f"{count} episodes were written, {read['read']} read")
+        details = {"episodes/s": read["episodes/s"], "episodes": count}
+        yield BenchResult("scale: MB that reading grows by after a tenth", read["grown MB"], 50.0, "at most", details)
+
+
+def training_episodes(store: Path, count: int) -> EpisodeShards:
+    """About so many training episodes of a store, the mix of (B, N, K) of the paper, drawn where they are not there."""
+    config = TrainConfig(workspace=Path(store).parents[1], fold=0)
+    per_batch = sum(size for size, _, _ in config.batches) / len(config.batches)
+    plan = training_plan(config.model_copy(update={"train_batches": round(count / per_batch)}))
+    return ensure_episodes(plan, FeatureStore(store))
+
+
+def _in_a_process(script: str, *arguments: Path | str) -> dict[str, float]:
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    ran = subprocess.run(command, cwd=CODE, env=os.environ | {"PYTHONPATH": str(CODE)}, capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"the process that measures failed: {ran.stderr[-2000:]}")
+    return json.loads(ran.stdout)
