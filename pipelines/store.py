@@ -210,7 +210,8 @@ class FeatureStore:
         return self.info.key
 
     @cached_property
-    def _index(self) -> "_Index":
+    def index(self) -> "_Index":
+        """Where each image lies."""
         return _Index(read_index(self.path))
 
     def image_ids(self, split: str) -> list[int]:
@@ -261,10 +262,10 @@ class FeatureStore:
 
     def _find(self, image_id: int, read: Callable[[MappedShard, int], T]) -> T:
         try:
-            file, group = self._index[image_id]
+            file, group = self.index[image_id]
         except KeyError as error:
             raise InputError(
-                f"image {image_id} is not in the store {self.path} ({len(self._index)} images); it was skipped, or is "
+                f"image {image_id} is not in the store {self.path} ({len(self.index)} images); it was skipped, or is "
                 "of another data set. Make store and episodes from the same COCO folder."
             ) from error
         shard = self._shards.get(file)
