@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
 from pycocotools import mask as rle_tools
@@ -19,6 +20,7 @@ from la.backbone import load_backbone, read_photo
 from la.coco import Annotation, decode, find_splits, load_coco
 from la.errors import InputError
 from la.rle import MAX_OUTLINE, MAX_PIXELS, compress, run_lengths
+from pipelines.cluster import ray_session
 from pipelines.official import import_official
 from pipelines.tracking import ui_command
 from pipelines.workspace import Workspace
@@ -367,3 +369,17 @@ def test_the_web_pages_are_served_to_this_machine_alone_unless_asked(tmp_path):
 
     assert host() == "127.0.0.1"
     assert host("0.0.0.0") == "0.0.0.0"
+
+
+def test_a_ray_of_this_machine_has_no_dashboard(monkeypatch):
+    """Where there is a cluster, its dashboard is its own affair, and Ray refuses to be told."""
+    started = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: started.append(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    for address in (None, "local", "auto"):
+        monkeypatch.setenv("RAY_ADDRESS", address) if address else monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        with ray_session():
+            pass
+    assert [options.get("include_dashboard") for options in started] == [False, False, None]
+    assert all("dashboard_host" not in options for options in started)
