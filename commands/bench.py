@@ -13,9 +13,11 @@ from commands.common import (
     DeviceOption,
     FoldOption,
     RepeatsOption,
+    ShotsOption,
     SizeOption,
     StoreOption,
     ThreadsOption,
+    WaysOption,
     WeightsOption,
     WorkspaceOption,
     console,
@@ -162,6 +164,47 @@ def bench_scale(
             results.append(result)
         if not all(result.passed for result in results):
             raise typer.Exit(1)
+
+
+@app.command("predict")
+def bench_predict(
+    preset: Annotated[str, typer.Option(help="paper, official, hybrid, or several with commas.")] = (
+        "paper,official,hybrid"
+    ),
+    backbone: BackboneOption = "vit_small_patch14_dinov2",
+    image_size: SizeOption = 420,
+    ways: WaysOption = 1,
+    shots: ShotsOption = 1,
+    repeats: RepeatsOption = 5,
+    threads: ThreadsOption = None,
+) -> None:
+    """One query against classes that are known already: the heads against the backbone."""
+    with mistakes():
+        import torch
+
+        from pipelines.bench_predict import bench_predict as run
+
+        if threads:
+            torch.set_num_threads(threads)
+        results = run(tuple(preset.split(",")), backbone, image_size, ways, shots, repeats)
+        for result in results:
+            console.print(str(result), highlight=False, markup=False)
+        if not all(result.passed for result in results):
+            raise typer.Exit(1)
+
+
+@app.command("sweep")
+def bench_sweep(
+    trials: Annotated[int, typer.Option(min=4, help="Made-up trials, which sleep; a multiple of 4.")] = 8,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+) -> None:
+    """What a trial of a sweep costs beyond its own work, through Ray Tune and MLflow, after the first."""
+    with mistakes():
+        from pipelines.workspace import Workspace
+        from sweeps.bench import bench_sweep as run
+
+        show_bench(run(Workspace(workspace).find_store(store), trials))
 
 
 def show_bench(result) -> None:

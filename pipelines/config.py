@@ -219,3 +219,46 @@ class SweepConfig(ProtocolSettings):
     gpus: float | None = Field(None, ge=0)  # GPUs of each trial, a fraction shares one; None: one where there are any
     device: str = "auto"
     tracking_uri: str | None = None  # an MLflow server; None: MLFLOW_TRACKING_URI, else the workspace's database
+
+
+class PredictConfig(Settings):
+    """Segmentation of a folder of photos by annotated supports."""
+
+    checkpoint: str  # a run's folder, a checkpoint file, or "demo"
+    support: Path | None = None  # a COCO instances file, or a folder of labelme JSON
+    prototypes: tuple[Path, ...] = ()  # files of saved prototypes, beside or instead of `support`
+    images: Path  # a folder of photos, or one photo
+    out: Path
+    classes: tuple[str, ...] = ()  # of `support`; none: all
+    support_images: Path | None = None  # folder of the photos that a COCO file names; None: near the file
+    support_selection: Literal["random", "nearest"] = "random"  # nearest: the supports most like each photo
+    shots: int | None = Field(None, ge=1)  # supports of each class; None: all
+    seed: int = 0  # of the random selection
+    save_prototypes: Path | None = None  # write the supports here, for later without their photos
+    weights: Path | None = None  # of the backbone; None: timm's own, from the hub
+    backbone: str | None = None  # with `image_size`, for checkpoints that do not name theirs
+    image_size: int | None = Field(None, ge=1)
+    device: str = "auto"
+    threads: int | None = Field(None, ge=1)
+
+
+class ServeConfig(Settings):
+    """The web page and the HTTP API: a model, an address, and limits on what users may hand in."""
+
+    checkpoint: str = "demo"  # a run's folder, a checkpoint file, or "demo"
+    weights: Path | None = None  # of the backbone; None: timm's own, from the hub
+    backbone: str | None = None  # with `image_size`, for checkpoints that do not name theirs
+    image_size: int | None = Field(None, ge=1)
+    device: str = "auto"
+    threads: int | None = Field(None, ge=1)
+    host: str = "127.0.0.1"  # this machine alone
+    port: int = Field(8080, ge=0, le=65535)
+    max_photo_mb: int = Field(10, ge=1)  # megabytes of one file
+    max_photo_pixels: int = Field(25_000_000, ge=1)  # 75 MB once decoded
+    max_photos: int = Field(16, ge=1)  # supports of a class set; queries of a page
+    max_classes: int = Field(20, ge=1, le=255)  # of a class set
+    max_request_mb: int = Field(64, ge=1)  # megabytes of all files of one request
+    max_class_sets: int = Field(64, ge=1)  # of the API, kept at once
+    max_pages: int = Field(32, ge=1)  # open at once
+    idle_minutes: float = Field(60, gt=0)  # after which a class set of the API is forgotten
+    max_waiting: int = Field(32, ge=1)  # jobs in the queue; further ones are refused
