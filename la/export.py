@@ -83,8 +83,9 @@ def example_inputs(heads: LabelAnythingHeads | HybridHeads, grid: tuple[int, int
     if isinstance(heads, LabelAnythingHeads):
         return made | {"prototypes": torch.randn(1, heads.slots.shape[1], config.dim)}
     pairs = len(heads.slot)
-    tokens = torch.nn.functional.normalize(torch.randn(pairs, h * w, config.channels), dim=-1)
-    return made | {"tokens": tokens, "mapped": tokens, "weight": torch.rand(pairs, h * w)}
+    # two tensors, not one twice, which tracing would take for one input
+    tokens, mapped = torch.nn.functional.normalize(torch.randn(2, pairs, h * w, config.channels), dim=-1)
+    return made | {"tokens": tokens, "mapped": mapped.clone(), "weight": torch.rand(pairs, h * w)}
 
 
 def export_program(heads: LabelAnythingHeads | HybridHeads, grid: tuple[int, int]) -> torch.export.ExportedProgram:

@@ -1,0 +1,201 @@
+"""Supports in files as people annotate them: a COCO instances file, or a folder of labelme JSON."""
+
+import base64
+import binascii
+import io
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from la.errors import InputError
+from la.photos import Photo
+from la.user_prompts import Box, Points, Prompt
+
+NEGATIVE = "negative"  # flag or description of a labelme point that is not on the object
+
+
+@dataclass(frozen=True)
+class SupportFiles:
+    """Photos, the prompts of each by class name, and the ids that a COCO file gives its classes (else empty)."""
+
+    photos: list[Photo]
+    prompts: list[dict[str, list[Prompt]]]
+    category_ids: dict[str, int]
+
+
+def read_support_files(
+    source: Path, classes: Collection[str] | None = None, photos: Path | None = None
+) -> SupportFiles:
+    """What `source` annotates: a COCO instances file, or a labelme JSON or a folder of them.
+
+    `classes` leaves out all others; `photos` is the folder of a COCO file's photos, by default the file's own, an
+    `images` beside it, or the one of its name in a COCO download. Raises InputError, which names file and entry, for
+    what cannot be read and where nothing is left.
+    """
+    source = Path(source)
+    if source.is_dir():
+        found = _of_labelme_files(sorted(source.glob("*.json")), source)
+    elif source.is_file():
+        content = _json(source)
+        found = _of_labelme_files([source], source) if "shapes" in content else _of_coco(source, content, photos)
+    else:
+        raise InputError(f"--support {source} is not there. Pass a COCO instances file or a folder of labelme JSON.")
+    return _only(found, classes, source)
+
+
+def _only(found: SupportFiles, classes: Collection[str] | None, source: Path) -> SupportFiles:
+    known = sorted({name for prompts in found.prompts for name in prompts})
+    if missing := sorted(set(classes or ()) - set(known)):
+        raise InputError(f"--classes {', '.join(missing)}: {source} annotates {', '.join(known) or 'none'}.")
+    kept = [
+        (photo, chosen)
+        for photo, prompts in zip(found.photos, found.prompts, strict=True)
+        if (chosen := {name: given for name, given in prompts.items() if not classes or name in classes})
+    ]
+    if not kept:
+        raise InputError(f"--support {source} annotates nothing; expected at least one object on one photo.")
+    return SupportFiles([photo for photo, _ in kept], [chosen for _, chosen in kept], found.category_ids)
+
+
+def _of_coco(file: Path, content: dict, photos: Path | None) -> SupportFiles:
+    try:
+        categories = {int(one["id"]): str(one["name"]) for one in content["categories"]}
+        images = {int(one["id"]): one for one in content["images"]}
+        by_image: dict[int, dict[str, list[Prompt]]] = {number: {} for number in images}
+        for one in content["annotations"]:
+            if not one.get("iscrowd"):  # many objects under one mask say little of one
+                name = categories[int(one["category_id"])]
+                by_image[int(one["image_id"])].setdefault(name, []).append(one)
+        shown = [number for number in sorted(images) if by_image[number]]
+        paths = [_coco_photo(file, str(images[number]["file_name"]), photos) for number in shown]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"--support {file} is neither labelme JSON nor a COCO instances file ({type(error).__name__}: {error}); "
+            "expected `images`, `annotations` and `categories` that name one another."
+        ) from error
+    for number, path in zip(shown, paths, strict=True):
+        _same_size(path, (images[number].get("height"), images[number].get("width")), file)
+    ids = {name: number for number, name in categories.items()}
+    return SupportFiles(list(paths), [by_image[number] for number in shown], ids)
+
+
+def _coco_photo(file: Path, name: str, photos: Path | None) -> Path:
+    split = file.stem.removeprefix("instances_")
+    folders = [photos] if photos else [file.parent, file.parent / "images", file.parent.parent / split]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(
+        f"{file} names {name}, which is not in {' or '.join(map(str, folders))}. Pass the photos' folder as "
+        "--support-images."
+    )
+
+
+def _of_labelme_files(files: list[Path], source: Path) -> SupportFiles:
+    if not files:
+        raise InputError(f"--support {source} has no .json in it; expected labelme's, one beside each photo.")
+    read = [_of_labelme(file) for file in files]
+    return SupportFiles([photo for photo, _ in read], [prompts for _, prompts in read], {})
+
+
+def _of_labelme(file: Path) -> tuple[Photo, dict[str, list[Prompt]]]:
+    content = _json(file)
+    try:
+        size = int(content["imageHeight"]), int(content["imageWidth"])
+        photo = _labelme_photo(file, content)
+        _same_size(photo, size, file)
+        prompts: dict[str, list[Prompt]] = {}
+        for number, shape in enumerate(content["shapes"]):
+            prompts.setdefault(str(shape["label"]), []).append(_labelme_prompt(shape, size, f"{file}: shape {number}"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{file} is not labelme JSON ({type(error).__name__}: {error}); expected `imagePath`, `imageHeight`, "
+            "`imageWidth` and `shapes`. Save it anew with labelme."
+        ) from error
+    return photo, prompts
+
+
+def _labelme_photo(file: Path, content: dict) -> Photo:
+    path = file.parent / str(content["imagePath"]).replace("\\", "/")
+    if path.is_file():
+        return path
+    if content.get("imageData"):
+        try:
+            return Image.open(io.BytesIO(base64.b64decode(content["imageData"])))
+        except (binascii.Error, OSError, Image.DecompressionBombError) as error:
+            raise InputError(f"{file}: `imageData` is no photo ({error}).") from error
+    raise InputError(f"{file} names {content['imagePath']}, which is not beside it, and holds no `imageData`.")
+
+
+def _labelme_prompt(shape: Mapping[str, Any], size: tuple[int, int], where: str) -> Prompt:
+    kind = shape.get("shape_type") or "polygon"
+    corners = [(float(x), float(y)) for x, y in shape["points"]]
+    if kind == "point":
+        off = (shape.get("flags") or {}).get(NEGATIVE) or shape.get("description") == NEGATIVE
+        return Points((), corners) if off else Points(corners)
+    if kind == "rectangle" and len(corners) == 2:
+        (xs, ys) = zip(*corners, strict=True)
+        return Box(min(xs), min(ys), max(xs), max(ys))
+    if kind == "polygon" and len(corners) >= 3:
+        return _painted(size, lambda draw: draw.polygon(corners, fill=1))
+    if kind == "circle" and len(corners) == 2:
+        (x, y), edge = corners
+        r = math.dist((x, y), edge)
+        return _painted(size, lambda draw: draw.ellipse((x - r, y - r, x + r, y + r), fill=1))
+    if kind == "mask" and len(corners) == 2:
+        return _pasted(shape["mask"], corners, size, where)
+    raise InputError(
+        f"{where} is a {kind} of {len(corners)} points; expected polygon, rectangle, circle, mask or point. Draw it so."
+    )
+
+
+def _painted(size: tuple[int, int], paint) -> np.ndarray:
+    canvas = Image.new("L", size[::-1])
+    paint(ImageDraw.Draw(canvas))
+    return np.asarray(canvas) > 0
+
+
+def _pasted(encoded: str, corners: list[tuple[float, float]], size: tuple[int, int], where: str) -> np.ndarray:
+    """A mask that labelme keeps as a PNG of the box around it."""
+    try:
+        piece = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("L")) > 0
+    except (binascii.Error, OSError, Image.DecompressionBombError) as error:
+        raise InputError(f"{where}: `mask` is no PNG ({error}). Draw it anew.") from error
+    mask = np.zeros(size, bool)
+    x, y = max(0, int(corners[0][0])), max(0, int(corners[0][1]))
+    room = mask[y : y + piece.shape[0], x : x + piece.shape[1]]
+    room |= piece[: room.shape[0], : room.shape[1]]
+    return mask
+
+
+def _json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON of COCO or labelme ({error!s:.120}).") from error
+
+
+def _same_size(photo: Photo, expected: tuple[int | None, int | None], file: Path) -> None:
+    """The photo is as large as the file says: else its prompts would lie elsewhere."""
+    try:
+        with Image.open(photo) if isinstance(photo, Path) else photo.copy() as opened:
+            turned = opened.getexif().get(0x0112, 1) >= 5  # sides change places when it is turned upright
+            found = (opened.width, opened.height) if turned else (opened.height, opened.width)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{photo} cannot be decoded ({error!s:.120}); {file} needs it. Save it anew.") from error
+    if None not in expected and found != expected:
+        raise InputError(
+            f"{photo} is {found[1]}x{found[0]} pixels, but {file} says {expected[1]}x{expected[0]}. Restore the photo "
+            "that was annotated, or annotate this one."
+        )
