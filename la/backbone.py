@@ -51,7 +51,13 @@ def identify_weights(name: str, weights: Path | None) -> str:
 
 
 def read_photo(path: Path, image_size: int, expected: tuple[int, int] | None = None) -> torch.Tensor:
-    """(3, S, S) uint8 RGB of a photo squashed to `image_size` pixels a side; grey photos become RGB.
+    """(3, S, S) uint8 RGB of a photo squashed to `image_size` pixels a side; raises as `decode_photo` does."""
+    squashed = decode_photo(path, expected).resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
+
+
+def decode_photo(path: Path, expected: tuple[int, int] | None = None) -> Image.Image:
+    """A photo as RGB; grey photos become so.
 
     Sizes are checked before anything is decoded. Raises InputError for a file that is missing, no photo, truncated or
     of more than MAX_PIXELS, and, where `expected` gives the annotated (height, width) in pixels, for a photo of another
@@ -71,15 +77,13 @@ def read_photo(path: Path, image_size: int, expected: tuple[int, int] | None = N
                     f"{path} says it is {width}x{height} pixels; expected at most {MAX_PIXELS} in all. Scale it down "
                     f"with its annotations, {skip}"
                 )
-            rgb = photo.convert("RGB")
+            return photo.convert("RGB")
     except InputError:
         raise
     except Exception as error:  # the decoders answer damaged files with errors of many kinds
         raise InputError(
             f"{path} cannot be decoded ({error!s:.120}); expected a whole JPEG or PNG. Download it again, {skip}"
         ) from error
-    squashed = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
 
 
 class Backbone(nn.Module):

@@ -9,12 +9,13 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from PIL import Image as Pillow
 
+from la.backbone import decode_photo
 from la.coco import IGNORED, decode
 from la.decoder import segment
 from la.device import pick_device
 from la.episodes import Episode
+from la.errors import InputError
 from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig
 from pipelines.episodes import draw, ensure_episodes, evaluation_plan
@@ -119,8 +120,8 @@ def _photo(builder: BatchBuilder, image_id: int) -> np.ndarray:
     split = next(s for s in info.splits if image_id in builder.store.dataset(s).images)
     path = Path(info.coco_dir) / info.splits[split].name / image.file_name
     try:
-        return np.asarray(Pillow.open(path).convert("RGB"))
-    except OSError:
+        return np.asarray(decode_photo(path, (image.height, image.width)))
+    except InputError:
         return np.full((image.height, image.width, 3), 128, np.uint8)
 
 

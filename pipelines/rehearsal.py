@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from la.coco import find_splits
+from la.coco import find_splits, load_coco
 from la.errors import InputError
 from pipelines.capacity import (
     Cluster,
@@ -219,8 +219,12 @@ def timed(work: Callable, clock: Clock) -> float:
 
 
 def some_photos(coco_dir: Path, folder: Path, most: int) -> Path:
-    """A COCO folder of at most so many photos, a third of them for validation, spread over those of `coco_dir`."""
+    """A COCO folder of at most so many photos, a third of them for validation, spread over those of `coco_dir`.
+
+    Raises InputError as `load_coco` does.
+    """
     for split, (file, photos) in find_splits(coco_dir).items():
+        load_coco(file, photos, split)  # before any of its file names is written to
         content = json.loads(file.read_text())
         count = max(1, most // 3 if split == "val" else most - most // 3)
         images = sorted(content["images"], key=lambda image: image["id"])

@@ -22,6 +22,7 @@ from la.errors import InputError
 from la.rle import MAX_OUTLINE, MAX_PIXELS, compress, run_lengths
 from pipelines.cluster import ray_session
 from pipelines.official import import_official
+from pipelines.rehearsal import some_photos
 from pipelines.tracking import ui_command
 from pipelines.workspace import Workspace
 from tests.conftest import TINY
@@ -369,6 +370,17 @@ def test_the_web_pages_are_served_to_this_machine_alone_unless_asked(tmp_path):
 
     assert host() == "127.0.0.1"
     assert host("0.0.0.0") == "0.0.0.0"
+
+
+def test_a_rehearsal_writes_nothing_outside_its_folder(tiny_coco, tmp_path):
+    Image.new("RGB", (64, 48)).save(tiny_coco / "secret.jpg")
+    file, _ = find_splits(tiny_coco)["train"]
+    content = json.loads(file.read_text())
+    content["images"][0]["file_name"] = "../secret.jpg"
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="may lead out of the photo folder"):
+        some_photos(tiny_coco, tmp_path / "rehearsal", 9)
+    assert not (tmp_path / "rehearsal").exists()
 
 
 def test_a_ray_of_this_machine_has_no_dashboard(monkeypatch):
