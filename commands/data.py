@@ -35,6 +35,15 @@ DtypeOption = Annotated[
 ]
 
 
+FeaturesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--features", help="Copy every shard to this folder too, s3://bucket/folder for example, and go on from there."
+    ),
+]
+UriArgument = Annotated[str, typer.Argument(help="Folder of stores: s3://bucket/folder, gs://..., file:///...")]
+
+
 @app.command()
 def featurize(
     coco_dir: CocoOption,
@@ -44,6 +53,7 @@ def featurize(
     workers: Annotated[int, typer.Option(min=0, help="Ray Data workers; 0 works in this process.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Photos at once through the ViT.")] = 8,
     dtype: DtypeOption = "float16",
+    features: FeaturesOption = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out photos that cannot be read.")] = False,
     address: AddressOption = None,
     train_split: Annotated[str | None, typer.Option(help="Such as train2014; default: the newest there.")] = None,
@@ -67,6 +77,7 @@ def featurize(
                 workers=workers,
                 batch_size=batch_size,
                 dtype=dtype,
+                features=features,
                 skip_bad=skip_bad,
                 train_split=train_split,
                 val_split=val_split,
@@ -102,6 +113,37 @@ def convert(
             f"use it with --store {report.store.name}"
         )
         console.print(f"store: {report.store}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def push(uri: UriArgument, workspace: WorkspaceOption = WORKSPACE, store: StoreOption = None) -> None:
+    """Copy a finished feature store to object storage; what is there already stays."""
+    with mistakes():
+        from pipelines.remote import RemoteStores
+        from pipelines.workspace import Workspace
+
+        path = Workspace(workspace).find_store(store)
+        with progress_bar() as bar:
+            task = bar.add_task("files", total=None)
+            copied = RemoteStores(uri).push(path, lambda done, total: bar.update(task, completed=done, total=total))
+        console.print(f"{copied} files copied; store {path.name} is at {uri}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def pull(uri: UriArgument, workspace: WorkspaceOption = WORKSPACE, store: StoreOption = None) -> None:
+    """Copy a finished feature store from object storage into the workspace, every shard checked."""
+    with mistakes():
+        from pipelines.remote import RemoteStores
+        from pipelines.workspace import Workspace
+
+        with progress_bar() as bar:
+            task = bar.add_task("files", total=None)
+            path = RemoteStores(uri).pull(
+                Workspace(workspace).features,
+                store,
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        console.print(f"store: {path}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -72,6 +72,7 @@ class FeaturizeConfig(Settings):
     dtype: Literal["float16", "int8"] = "float16"  # of the stored features; int8 has a scale per token
     skip_bad: bool = False  # leave unreadable photos out instead of stopping
     # how; none of these changes the features
+    features: str | None = None  # URI of a folder, s3:// for example, that shards are copied to and taken up from
     workers: int = Field(0, ge=0)  # 0: in this process; n: Ray Data actors
     device: str = "auto"
     batch_size: int = Field(8, ge=1)  # photos at once

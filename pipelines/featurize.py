@@ -19,6 +19,7 @@ from la.backbone import LAYER, identify_weights, preprocessing
 from la.coco import Dataset, find_splits, load_coco
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig
+from pipelines.remote import RemoteStores
 from pipelines.shard_maker import Shard, ShardMaker, make_with_ray
 from pipelines.shards import ShardNote, StoreSettings, open_shard, shard_file
 from pipelines.store import SplitInfo, StoreInfo, finish_store, read_info
@@ -71,8 +72,13 @@ def featurize(config: FeaturizeConfig, console: Console | None = None) -> Featur
     splits = find_splits(config.coco_dir, {"train": config.train_split, "val": config.val_split})
     settings = store_settings(config, splits)
     store = Workspace(config.workspace).features / settings.key
+    remote = RemoteStores(config.features) if config.features else None
+    if remote:
+        remote.pull_unfinished(store)
     if (store / "store.json").exists():
         info = read_info(store)
+        if remote:
+            remote.push(store)
         return FeaturizeReport(store, 0, sum(split.images for split in info.splits.values()), info.skipped, 0.0)
 
     datasets = {split: load_coco(*splits[split], split) for split in SPLITS}
@@ -85,10 +91,12 @@ def featurize(config: FeaturizeConfig, console: Console | None = None) -> Featur
     shards = plan_shards(store, datasets, {split: splits[split][1] for split in SPLITS}, config.shard_size)
     notes = {shard.file: _existing(shard, settings.key, config.skip_bad) for shard in shards if shard.file.exists()}
     already = sum(note.rows for note in notes.values())
-    seconds = _make_missing(config, settings, shards, notes, console or Console(stderr=True))
+    seconds = _make_missing(config, settings, shards, notes, console or Console(stderr=True), remote)
     info = _describe(config, settings, splits, datasets, notes, store)
     kept = {split: without(datasets[split], info.splits[split].skipped) for split in SPLITS}
     finish_store(store, info, kept)
+    if remote:
+        remote.push(store)
     made = sum(note.rows for note in notes.values()) - already
     return FeaturizeReport(store, made, already, info.skipped, made / seconds if made else 0.0)
 
@@ -130,6 +138,7 @@ def _make_missing(
     shards: list[Shard],
     notes: dict[Path, ShardNote],
     console: Console,
+    remote: RemoteStores | None,
 ) -> float:
     """Adds the notes of missing shards to `notes`; returns the seconds this took without loading the model."""
     missing = [shard for shard in shards if shard.file not in notes]
@@ -153,6 +162,8 @@ def _make_missing(
         for shard, note in make_shards(config, settings, missing, advance):
             notes[shard.file] = note
             _same_weights(note, notes)
+            if remote:
+                remote.put(shard.file.parents[1], shard_file(shard.split, shard.number))
     return time.perf_counter() - (started or 0.0)
 
 

@@ -147,6 +147,20 @@ def open_shard(path: Path, key: str) -> tuple[pq.ParquetFile, ShardNote]:
     return file, note
 
 
+def checked_shard(path: Path, key: str, expected: str) -> ShardNote:
+    """Read a shard whole; returns what it says of itself. Raises InputError unless its checksum is `expected`."""
+    shard, note = open_shard(path, key)
+    total = hashlib.sha256()
+    try:
+        for batch in shard.iter_batches(batch_size=1, columns=["features"], use_threads=False):
+            total.update(batch.column(0)[0].as_buffer())
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(path, error) from error
+    if total.hexdigest() != expected:
+        raise damaged(path, ValueError("its checksum is not the one in store.json"))
+    return note
+
+
 class MappedShard:
     """The features of an open shard, read in place. Raises InputError where they do not lie as they should."""
 

@@ -9,7 +9,6 @@ A store is one folder for one (annotations, backbone, weights, image size, prepr
 The key, which names the folder, is a digest of what it was made from; see StoreSettings.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -28,7 +27,16 @@ from la.coco import Dataset
 from la.errors import InputError
 from la.quantised import Quantised
 from pipelines.annotations import read_dataset, write_dataset
-from pipelines.shards import FORMAT, MappedShard, ShardNote, StoreSettings, damaged, open_shard, shard_file
+from pipelines.shards import (
+    FORMAT,
+    MappedShard,
+    ShardNote,
+    StoreSettings,
+    checked_shard,
+    damaged,
+    open_shard,
+    shard_file,
+)
 from pipelines.workspace import write_whole
 
 T = TypeVar("T")
@@ -286,16 +294,7 @@ class FeatureStore:
 
     def check_shard(self, file: str) -> ShardNote:
         """Read a shard whole; returns what it says of itself. Raises InputError unless its checksum is the store's."""
-        shard, note = open_shard(self.path / file, self.key)
-        total = hashlib.sha256()
-        try:
-            for batch in shard.iter_batches(batch_size=1, columns=["features"], use_threads=False):
-                total.update(batch.column(0)[0].as_buffer())
-        except (OSError, pa.ArrowException) as error:
-            raise damaged(self.path / file, error) from error
-        if total.hexdigest() != self.info.shards[file]:
-            raise damaged(self.path / file, ValueError("its checksum is not the one in store.json"))
-        return note
+        return checked_shard(self.path / file, self.key, self.info.shards[file])
 
     @cached_property
     def _shape(self) -> tuple[int, int, int]:

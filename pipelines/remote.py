@@ -1,0 +1,161 @@
+"""Feature stores on object storage: any filesystem of pyarrow, named by a URI such as s3://bucket/folder or gs://...
+
+An S3 server of one's own is named in the URI, s3://bucket/folder?endpoint_override=host:9000&scheme=http, or by
+AWS_ENDPOINT_URL; credentials are those that its tools use, from the environment or ~/.aws.
+"""
+
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+from pyarrow import fs
+
+from la.errors import InputError
+from pipelines.shards import checked_shard, open_shard
+from pipelines.store import StoreInfo, read_info
+from pipelines.workspace import write_whole
+
+T = TypeVar("T")
+OnFile = Callable[[int, int], None]  # (files done, of all)
+PATIENCE = 300.0  # seconds that a server may fail before it counts as down
+LONGEST_PAUSE = 20.0  # seconds
+CHUNK = 8 << 20  # bytes copied at once
+_SHARD = re.compile(r"(train|val)/part-\d{5,9}\.parquet")
+PUTS_WHOLE = ("s3", "gcs")  # filesystems where a file appears when its writing ends, and not before
+
+
+class RemoteStores:
+    """The folder of a URI that holds feature stores, one folder each by its key, as a workspace's `features/` does.
+
+    A server's errors are waited out, see PATIENCE. Raises InputError for a URI that cannot be used.
+    """
+
+    def __init__(self, uri: str, patience: float = PATIENCE):
+        self.uri = uri
+        self._patience = patience
+        try:
+            self._fs, self._root = fs.FileSystem.from_uri(uri)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise InputError(
+                f"{uri} is no folder that pyarrow can reach ({error!s:.200}). Expected s3://, gs:// or file:///."
+            ) from error
+
+    def put(self, store: Path, file: str) -> None:
+        """Copy a file of a local store there, whole or not at all."""
+        self._patiently(lambda: self._put(store / file, f"{self._root}/{store.name}/{file}"))
+
+    def push(self, store: Path, on_file: OnFile = lambda *_: None) -> int:
+        """Copy a finished store there, store.json last; returns how many files were not there yet."""
+        files = files_of(read_info(store))
+        there = self._sizes(store.name)
+        missing = [file for file in files if there.get(file) != (store / file).stat().st_size]
+        done = len(files) - len(missing)
+        for file in [*(f for f in missing if f != "store.json"), *(["store.json"] if missing else [])]:
+            self.put(store, file)
+            done += 1
+            on_file(min(done, len(files)), len(files))
+        return len(missing)
+
+    def pull(self, features: Path, key: str | None = None, on_file: OnFile = lambda *_: None) -> Path:
+        """Copy a finished store into the local folder `features`, every shard checked; returns the store's folder.
+
+        Files that are there already stay. Raises InputError where there is none, or several and none was named.
+        """
+        key = key or self._only_key()
+        info = self._info(key)
+        for done, file in enumerate(files_of(info), start=1):
+            self._fetch(key, file, features / key / file, info)
+            on_file(done, len(files_of(info)))
+        return features / key
+
+    def pull_unfinished(self, store: Path) -> None:
+        """Copy the shards that an earlier run left of a store, each checked, or all of it where it is finished."""
+        there = self._sizes(store.name)
+        if "store.json" in there:
+            self.pull(store.parent, store.name)
+            return
+        for file in sorted(there):
+            if _SHARD.fullmatch(file):
+                self._fetch(store.name, file, store / file)
+
+    def _info(self, key: str) -> StoreInfo:
+        with tempfile.TemporaryDirectory() as folder:
+            self._fetch(key, "store.json", Path(folder) / "store.json")
+            info = read_info(Path(folder))
+        if info.key != key:
+            raise InputError(f"{self.uri}: the store {key} calls itself {info.key}. Push it again.")
+        return info
+
+    def _only_key(self) -> str:
+        keys = sorted({name.split("/")[0] for name in self._sizes("") if name.endswith("/store.json")})
+        if len(keys) != 1:
+            raise InputError(f"{self.uri} holds {', '.join(keys) or 'no finished store'}; name one with --store.")
+        return keys[0]
+
+    def _fetch(self, key: str, file: str, path: Path, info: StoreInfo | None = None) -> None:
+        """Copy a file here, whole or not at all; a shard only if its checksum is that of `info`, or else its own."""
+        if path.exists():
+            return
+
+        def write(temporary: Path) -> None:
+            self._patiently(lambda: self._get(f"{self._root}/{key}/{file}", temporary))
+            if not _SHARD.fullmatch(file):
+                return
+            try:
+                expected = info.shards[file] if info else open_shard(temporary, key)[1].features_sha256
+                checked_shard(temporary, key, expected)
+            except InputError as error:
+                raise InputError(
+                    f"{file} of store {key} at {self.uri} is damaged ({error!s:.200}). Remove it there and push again."
+                ) from error
+
+        write_whole(path, write)
+
+    def _get(self, source: str, path: Path) -> None:
+        with self._fs.open_input_stream(source) as stream, open(path, "wb") as out:
+            while content := stream.read(CHUNK):
+                out.write(content)
+
+    def _put(self, path: Path, target: str) -> None:
+        folder, name = target.rsplit("/", 1)
+        self._fs.create_dir(folder, recursive=True)
+        written = target if self._fs.type_name in PUTS_WHOLE else f"{folder}/.{name}.tmp"
+        with open(path, "rb") as file, self._fs.open_output_stream(written) as stream:
+            while content := file.read(CHUNK):
+                stream.write(content)
+        if written != target:
+            self._fs.move(written, target)
+
+    def _sizes(self, folder: str) -> dict[str, int]:
+        """Path under `folder` -> bytes, of every file there."""
+        top = f"{self._root}/{folder}".rstrip("/")
+        selector = fs.FileSelector(top, recursive=True, allow_not_found=True)
+        found = self._patiently(lambda: self._fs.get_file_info(selector))
+        return {one.path.removeprefix(top + "/"): one.size for one in found if one.type == fs.FileType.File}
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """`call`, again and again while the server fails; other mistakes at once."""
+        until, pause = time.monotonic() + self._patience, 0.5
+        while True:
+            try:
+                return call()
+            except (FileNotFoundError, PermissionError) as error:
+                raise InputError(f"{self.uri}: {error!s:.300}") from error
+            except OSError as error:
+                refused = "ACCESS_DENIED" in str(error) or "NO_SUCH_BUCKET" in str(error)
+                if refused or time.monotonic() + pause > until:
+                    raise InputError(
+                        f"{self.uri} does not work ({error!s:.300}). Mend it, then the same command goes on."
+                    ) from error
+            time.sleep(pause * random.uniform(0.5, 1.0))  # workers that fail together do not come back together
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def files_of(info: StoreInfo) -> list[str]:
+    """Every file of a finished store; store.json, which makes it finished, last."""
+    return [*sorted(info.shards), *(f"annotations-{s}.parquet" for s in info.splits), "index.parquet", "store.json"]

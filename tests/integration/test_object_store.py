@@ -1,0 +1,157 @@
+"""Stores on an S3 server, which moto plays, whole and half made, well and failing."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from moto.server import DomainDispatcherApplication, create_backend_app
+from pyarrow import fs
+from typer.testing import CliRunner
+from werkzeug.serving import make_server
+
+import cli
+import pipelines.shard_maker
+from la.errors import InputError
+from pipelines.config import FeaturizeConfig
+from pipelines.featurize import featurize
+from pipelines.remote import RemoteStores
+from pipelines.store import FeatureStore
+from tests.conftest import TINY
+
+
+class Server:
+    """An S3 server that answers 500 to the next `failing` requests."""
+
+    def __init__(self):
+        self.failing = 0
+        self.failed = 0
+        self._s3 = DomainDispatcherApplication(create_backend_app)
+        self.http = make_server("127.0.0.1", 0, self._answer, threaded=True)
+
+    def _answer(self, environ, start_response):
+        if self.failing:
+            self.failing -= 1
+            self.failed += 1
+            start_response("500 Internal Server Error", [("Content-Length", "0")])
+            return [b""]
+        return self._s3(environ, start_response)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        server = Server()
+        thread = threading.Thread(target=server.http.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.http.shutdown()
+
+
+@pytest.fixture
+def uri(server: Server, tmp_path: Path) -> str:
+    query = (
+        f"endpoint_override=127.0.0.1:{server.http.server_port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    )
+    bucket = "".join(c for c in tmp_path.name.lower() if c.isalnum())
+    filesystem, _ = fs.FileSystem.from_uri(f"s3://{bucket}/?{query}")
+    filesystem.create_dir(bucket)
+    return f"s3://{bucket}/stores?{query}"
+
+
+@pytest.fixture
+def config(tiny_coco: Path, tiny_weights: Path, tmp_path: Path) -> FeaturizeConfig:
+    return FeaturizeConfig(
+        workspace=tmp_path / "ws", coco_dir=tiny_coco, weights=tiny_weights, shard_size=5, threads=1, **TINY
+    )
+
+
+def same(one: Path, other: Path) -> bool:
+    files = sorted(p.relative_to(one) for p in one.rglob("*.*"))
+    return files == sorted(p.relative_to(other) for p in other.rglob("*.*")) and all(
+        (one / f).read_bytes() == (other / f).read_bytes() for f in files
+    )
+
+
+@pytest.mark.parametrize("kind", ["s3", "file"])
+def test_a_store_comes_back_as_it_was_pushed(config, uri, tmp_path, kind):
+    uri = uri if kind == "s3" else (tmp_path / "shared").as_uri()
+    store = featurize(config).store
+    assert RemoteStores(uri).push(store) == len(list(store.rglob("*.*")))
+    assert RemoteStores(uri).push(store) == 0
+    pulled = RemoteStores(uri).pull(tmp_path / "other" / "features")
+    assert same(store, pulled)
+    assert list(FeatureStore(pulled).verify())
+
+
+def test_a_run_on_another_machine_goes_on_from_what_was_copied(config, uri, tmp_path, monkeypatch):
+    whole = featurize(config).store
+    cut = config.model_copy(update={"workspace": tmp_path / "cut", "features": uri})
+    make = pipelines.shard_maker.ShardMaker.make
+    left = iter(range(3))
+
+    def dying(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return make(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.shard_maker.ShardMaker.make", dying)
+        with pytest.raises(KeyboardInterrupt):
+            featurize(cut)
+    with pytest.raises(InputError, match="no finished store"):
+        RemoteStores(uri).pull(tmp_path / "early")
+    report = featurize(cut.model_copy(update={"workspace": tmp_path / "elsewhere"}))
+    assert (report.already, report.made) == (15, 11)
+    assert FeatureStore(report.store).info.shards == FeatureStore(whole).info.shards
+    assert same(report.store, RemoteStores(uri).pull(tmp_path / "third"))
+    finished = featurize(cut.model_copy(update={"workspace": tmp_path / "fourth"}))
+    assert (finished.already, finished.made) == (26, 0)
+
+
+def test_a_server_that_fails_for_a_while_is_waited_for(config, uri, server, tmp_path):
+    store = featurize(config).store
+    server.failing, server.failed = 12, 0
+    RemoteStores(uri).push(store)
+    assert server.failed == 12
+    server.failing = 12
+    assert same(store, RemoteStores(uri).pull(tmp_path / "other"))
+    assert server.failed == 24
+
+
+def test_a_server_that_stays_down_is_told(config, uri, server):
+    store = featurize(config).store
+    server.failing = 10**6
+    try:
+        with pytest.raises(InputError, match="does not work"):
+            RemoteStores(uri, patience=1.0).push(store)
+    finally:
+        server.failing = 0
+
+
+def test_a_damaged_shard_is_refused_and_leaves_nothing(config, tmp_path):
+    store = featurize(config).store
+    there = tmp_path / "shared"
+    RemoteStores(there.as_uri()).push(store)
+    shard = there / store.name / "train/part-00001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[content.index(FeatureStore(store).read(106).tobytes()) + 3] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(InputError, match=r"train/part-00001.parquet of store .* is damaged.*checksum"):
+        RemoteStores(there.as_uri()).pull(tmp_path / "other")
+    assert not (tmp_path / "other" / store.name / "store.json").exists()
+    assert not list((tmp_path / "other").rglob("*part-00001*"))
+
+
+def test_the_verbs_push_and_pull(config, tmp_path):
+    store = featurize(config).store
+    shared = (tmp_path / "shared").as_uri()
+    run = CliRunner().invoke(cli.app, ["push", shared, "--workspace", str(config.workspace)])
+    assert run.exit_code == 0, run.output
+    run = CliRunner().invoke(cli.app, ["pull", shared, "--workspace", str(tmp_path / "other")])
+    assert run.exit_code == 0, run.output
+    assert same(store, tmp_path / "other" / "features" / store.name)
+    assert CliRunner().invoke(cli.app, ["pull", "nonsense://x", "--workspace", str(tmp_path)]).exit_code == 2
