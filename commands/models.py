@@ -67,6 +67,11 @@ def train(
     objectness: Annotated[
         int | None, typer.Option(min=0, help="Channels of the query that all classes share (hybrid).")
     ] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0, help="Of AdamW; default: the recipe's.")] = None,
+    loss: Annotated[
+        Literal["focal", "iou"] | None, typer.Option(help="What is minimised, see la/losses.py; default: the recipe's.")
+    ] = None,
+    prompts: Annotated[str, typer.Option(help="Kinds of prompt that training episodes mix.")] = "mask,point,box",
     warmup_steps: Annotated[
         int | None, typer.Option(min=0, help="Steps of rising learning rate; default: the recipe's.")
     ] = None,
@@ -117,9 +122,12 @@ def train(
                 recipe or default_recipe(preset),
                 batch_scale,
                 lr=lr,
+                weight_decay=weight_decay,
+                loss=loss,
                 class_weights=class_weights,
                 warmup_steps=warmup_steps,
             ),
+            prompts=tuple(prompts.split(",")),
             val_every=val_every,
             checkpoint_every=checkpoint_every,
             preset=preset,

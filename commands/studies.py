@@ -13,6 +13,7 @@ from commands.common import (
     AlsoOption,
     BatchScaleOption,
     DeviceOption,
+    FoldOption,
     FoldsOption,
     LrOption,
     ProtocolEpisodesOption,
@@ -32,6 +33,17 @@ from sweeps.study import Study
 
 app = typer.Typer()
 sweep_app = typer.Typer(help="Sweeps on Ray Tune: many trainings and evaluations, one table.", no_args_is_help=True)
+
+
+ConcurrentOption = Annotated[
+    int | None, typer.Option(min=1, help="Trials at once; default: as many as CPUs and GPUs take.")
+]
+GpusOption = Annotated[float | None, typer.Option(min=0, help="GPUs of each trial; a fraction shares one.")]
+TrialWorkersOption = Annotated[
+    int, typer.Option("--workers", min=0, help="Ray Train workers of each training; 0: the trial trains alone.")
+]
+TrialThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="CPU threads of each trial or worker.")]
+TrackingOption = Annotated[str | None, typer.Option(help="An MLflow server; default: the workspace's.")]
 
 
 def add_study(study: Study) -> None:
@@ -54,16 +66,15 @@ def add_study(study: Study) -> None:
         count: ProtocolEpisodesOption = None,
         ways: Annotated[str, typer.Option(help="Ways of the evaluations.")] = commas(study.ways),
         shots: Annotated[str, typer.Option(help="Shots of the evaluations.")] = commas(study.shots),
-        concurrent: Annotated[
-            int | None, typer.Option(min=1, help="Trials at once; default: as many as CPUs and GPUs take.")
-        ] = None,
+        concurrent: ConcurrentOption = None,
         address: AddressOption = None,
-        gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of each trial; a fraction shares one.")] = None,
+        gpus: GpusOption = None,
+        workers: TrialWorkersOption = 0,
         workspace: WorkspaceOption = WORKSPACE,
         store: StoreOption = None,
         device: DeviceOption = "auto",
-        threads: Annotated[int, typer.Option(min=1, help="CPU threads of each trial.")] = 1,
-        tracking_uri: Annotated[str | None, typer.Option(help="An MLflow server; default: the workspace's.")] = None,
+        threads: TrialThreadsOption = 1,
+        tracking_uri: TrackingOption = None,
     ) -> None:
         with mistakes():
             from pipelines.config import SweepConfig
@@ -77,7 +88,8 @@ def add_study(study: Study) -> None:
                 variants=variants.split(",") if variants else None,
                 train={"steps": steps, "minutes": minutes, "dim": dim}
                 | of_recipe(recipe or "small", batch_scale, lr=lr)
-                | ({"also": [str(path.absolute()) for path in also]} if also else {}),
+                | ({"also": [str(path.absolute()) for path in also]} if also else {})
+                | ({"workers": workers} if workers else {}),
                 ways=numbers(ways, "--ways"),
                 shots=numbers(shots, "--shots"),
                 prompts=study.prompts,
@@ -103,12 +115,77 @@ for each in STUDIES.values():
     add_study(each)
 
 
-def finish_sweep(result) -> None:
+@sweep_app.command()
+def search(
+    trials: Annotated[int, typer.Option(min=1, help="Trials; with more, a search that ended goes on.")] = 30,
+    fold: FoldOption = 0,
+    presets: Annotated[str, typer.Option(help="Presets to choose from: paper, official, hybrid.")] = "paper,hybrid",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of a trial that is not stopped early.")] = 2000,
+    batch_scale: BatchScaleOption = 1.0,
+    val_episodes: Annotated[int, typer.Option(min=1, help="Episodes of seen classes of each validation.")] = 200,
+    also: AlsoOption = None,
+    seed: Annotated[int, typer.Option(help="Of the sampler and of every training.")] = 0,
+    concurrent: ConcurrentOption = None,
+    address: AddressOption = None,
+    gpus: GpusOption = None,
+    workers: TrialWorkersOption = 0,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+    device: DeviceOption = "auto",
+    threads: TrialThreadsOption = 1,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Search for settings: learning rate, weight decay, width, loss, mixture of prompts and preset.
+
+    Optuna proposes each trial from what the earlier ones reached: mIoU on val photos of SEEN classes. The fold's unseen
+    classes take no part, so `evaluate` may judge the winner on them. The first trials are the presets as they are; from
+    the eleventh on, proposals follow the results.
+
+    A training is validated six times. After the first and the third validation only the best third of the trials so far
+    goes on (ASHA), so thirty trials cost about as much as ten to fifteen whole trainings. What starts slowly and ends
+    well loses by it: give more --steps before more --trials.
+
+    Killed and started again, the search goes on where it was. One trial at a time (--concurrent 1) makes the search
+    itself reproducible; with several, proposals depend on which trial ends first.
+
+    At the end: the trials, best first; which settings made the difference; and the best as a `train` command. In this
+    workspace its training is finished already, so it returns at once and `evaluate` can follow. Repeat it with another
+    --fold or more --steps.
+    """
+    with mistakes():
+        from pipelines.config import SearchConfig
+        from sweeps.search import run_search
+
+        config = SearchConfig(
+            workspace=workspace.absolute(),
+            store=store,
+            also=[path.absolute() for path in also or ()],
+            fold=fold,
+            presets=presets.split(","),
+            trials=trials,
+            steps=steps,
+            batch_scale=batch_scale,
+            val_episodes=val_episodes,
+            seed=seed,
+            workers=workers,
+            concurrent=concurrent,
+            gpus=gpus,
+            device=device,
+            threads=threads,
+            tracking_uri=tracking_uri,
+        )
+        result = run_search(config, console, command=shlex.join(["python", *sys.argv]))
+        finish_sweep(result, result.best_command and f"the best settings:\n{result.best_command}")
+
+
+def finish_sweep(result, after: str | None = None) -> None:
     """Print a sweep's tables and where they lie; exit code 1 where a trial failed."""
     for table in result.tables:
         console.print(table.rich())
     for trial, reason in result.failed.items():
         console.print(f"failed: {trial}: {reason.strip().splitlines()[-1]}", style="red", markup=False)
+    if after:
+        console.print(after, highlight=False, soft_wrap=True, markup=False)
     console.print(f"tables: {result.folder}", highlight=False, soft_wrap=True)
     console.print(f"compare the runs: python cli.py ui --workspace {result.config.workspace}", soft_wrap=True)
     if result.failed or result.interrupted:

@@ -1,7 +1,7 @@
 """Episodes of a store as tensors: features from its shards, masks from its annotations."""
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from la.batch import EpisodeBatch, pack
-from la.coco import decode, drawing_order, label_map
+from la.coco import Dataset, decode, drawing_order, label_map
 from la.episodes import Episode
 from pipelines.store import FeatureStore
 
@@ -28,7 +28,9 @@ class BatchBuilder:
         self.dataset = store.dataset(split)
         self.truth_size = tuple(4 * n for n in store.info.grid)
         self.mask_size = (mask_px, mask_px) if mask_px else self.truth_size
-        self._coverage = lru_cache(int(CACHE_BYTES / (self.mask_size[0] * self.mask_size[1])))(self._draw_coverage)
+        # a cache of a method would hold the builder, and a builder that holds itself outlives its use by many trials
+        room = int(CACHE_BYTES / (self.mask_size[0] * self.mask_size[1]))
+        self._coverage = lru_cache(room)(partial(_draw_coverage, self.dataset))
 
     def pack(self, episodes: Sequence[Episode], supports: range | None = None) -> EpisodeBatch:
         """`supports`: only these positions of each episode's supports, see `la.batch.pack`."""
@@ -62,15 +64,17 @@ class BatchBuilder:
             union += self._coverage(image_id, one, self.mask_size)
         return torch.from_numpy(union.clip(max=255) / 255)
 
-    def _draw_coverage(self, image_id: int, annotation_id: int, size: tuple[int, int]) -> np.ndarray:
-        """(*size) uint8: share of each cell that the instance covers, 255 = all."""
-        one = next(a for a in self.dataset.annotations[image_id] if a.id == annotation_id)
-        mask = decode([one], *self._size(image_id)) * np.uint8(255)
-        return np.asarray(Pillow.fromarray(mask).resize(size[::-1], Pillow.Resampling.BOX))
-
     def _small_truth(self, image_id: int, classes: Sequence[int]) -> Tensor:
         """The label map drawn from small masks, in the order in which `label_map` draws it."""
         labels = np.zeros(self.truth_size, np.int64)
         for one, label in drawing_order(self.dataset.annotations[image_id], classes):
             labels[self._coverage(image_id, one.id, self.truth_size) > 127] = label
         return torch.from_numpy(labels)
+
+
+def _draw_coverage(dataset: Dataset, image_id: int, annotation_id: int, size: tuple[int, int]) -> np.ndarray:
+    """(*size) uint8: share of each cell that the instance covers, 255 = all."""
+    image = dataset.images[image_id]
+    one = next(a for a in dataset.annotations[image_id] if a.id == annotation_id)
+    mask = decode([one], image.height, image.width) * np.uint8(255)
+    return np.asarray(Pillow.fromarray(mask).resize(size[::-1], Pillow.Resampling.BOX))

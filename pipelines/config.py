@@ -201,7 +201,17 @@ class EvaluateConfig(ProtocolSettings):
     threads: int | None = None
 
 
-class SweepConfig(ProtocolSettings):
+class TrialPlacement(Settings):
+    """Where the trials of a sweep run: none of it changes a result."""
+
+    concurrent: int | None = Field(None, ge=1)  # trials at once; None: as many as the CPUs and GPUs take
+    threads: int = Field(1, ge=1)  # CPU threads of each trial, or of each of its workers
+    gpus: float | None = Field(None, ge=0)  # GPUs of each trial, a fraction shares one; None: one where there are any
+    device: str = "auto"
+    tracking_uri: str | None = None  # an MLflow server; None: MLFLOW_TRACKING_URI, else the workspace's database
+
+
+class SweepConfig(ProtocolSettings, TrialPlacement):
     """A study: every variant trained and evaluated on every fold (paper section 5.4)."""
 
     workspace: Path
@@ -214,12 +224,22 @@ class SweepConfig(ProtocolSettings):
     ways: tuple[int, ...] = Field((1, 2), min_length=1)
     shots: tuple[int, ...] = Field((1,), min_length=1)
     prompts: tuple[Prompt, ...] = Field(PROMPTS, min_length=1)
-    # where: none of it changes a result
-    concurrent: int | None = Field(None, ge=1)  # trials at once; None: as many as the CPUs and GPUs take
-    threads: int = Field(1, ge=1)  # CPU threads of each trial
-    gpus: float | None = Field(None, ge=0)  # GPUs of each trial, a fraction shares one; None: one where there are any
-    device: str = "auto"
-    tracking_uri: str | None = None  # an MLflow server; None: MLFLOW_TRACKING_URI, else the workspace's database
+
+
+class SearchConfig(TrialPlacement):
+    """A search for settings of training by what they reach on seen classes; see sweeps.space for what is drawn."""
+
+    workspace: Path
+    store: str | None = None  # key of the feature store; None: the only one in the workspace
+    also: tuple[Path, ...] = ()  # as in training
+    fold: int = Field(0, ge=0, le=3)  # its classes stay unseen, by the search too
+    presets: tuple[str, ...] = Field(("paper", "hybrid"), min_length=1)
+    trials: int = Field(30, ge=1)  # that finish or are stopped early
+    steps: int = Field(2000, ge=1)  # of a trial that is not stopped early
+    batch_scale: float = Field(1.0, gt=0)  # times B in the recipes' batches
+    val_episodes: int = Field(200, ge=1)  # of seen classes, of each validation
+    seed: int = 0  # of the sampler and of every training
+    workers: int = Field(0, ge=0)  # Ray Train workers of each trial; 0: it trains in its own process
 
 
 class PredictConfig(Settings):

@@ -67,6 +67,7 @@ class Desk:
 def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) -> int | None:
     """Run `train_loop` on `config.workers` Ray Train workers; `on_report` is called here, in the driver.
 
+    An error of `on_report` stops the workers after the step under way, as notice does, and is raised once they ended.
     Returns the signal on which it stopped, if one came. Raises InputError for what a worker found to be the user's
     mistake, and RuntimeError where the workers die again and again without reaching another checkpoint.
     """
@@ -92,14 +93,16 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
                 failure_config=FailureConfig(max_failures=-1),  # the desk decides
             ),
         )
-        ended = threading.Event()
-        pump = threading.Thread(target=_pump, args=(desk, on_report or (lambda _: None), told, ended))
+        ended, refused = threading.Event(), []
+        pump = threading.Thread(target=_pump, args=(desk, on_report or (lambda _: None), told, ended, refused))
         pump.start()
         try:
             trainer.fit()
         finally:
             ended.set()
             pump.join()
+        if refused:
+            raise refused[0]
         verdict = ray.get(desk.verdict.remote())
         if verdict and verdict[1]:
             raise InputError(verdict[0])
@@ -108,16 +111,22 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
         return told.signum
 
 
-def _pump(desk, on_report: Callable[[dict], None], told: Notice, ended: threading.Event) -> None:
+def _pump(
+    desk, on_report: Callable[[dict], None], told: Notice, ended: threading.Event, refused: list[Exception]
+) -> None:
     import ray
 
     last = False
     while not last:
         last = ended.wait(POLL_SECONDS)
-        if told.came():
+        if told.came() or refused:
             desk.ask_to_stop.remote()
         for report in ray.get(desk.take_reports.remote()):
-            on_report(report)
+            try:
+                if not refused:
+                    on_report(report)
+            except Exception as error:
+                refused.append(error)
 
 
 def _worker(settings: dict) -> None:

@@ -209,6 +209,14 @@ class FeatureStore:
     def __reduce__(self) -> tuple:
         return FeatureStore, (self.path,)
 
+    # Two views of one store are equal, so that what is cached by store, pools of images for example, is cached once in
+    # a process that opens the store for every trial, and keeps one of them alive.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FeatureStore) and self.path == other.path and self.info == other.info
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
     @cached_property
     def info(self) -> StoreInfo:
         return read_info(self.path)

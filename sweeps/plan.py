@@ -14,8 +14,7 @@ from sweeps.studies import STUDIES
 from sweeps.study import Variant
 from sweeps.trial import Job
 
-# The sweep sets these itself, or they have no meaning inside a single-worker trial.
-SET_BY_SWEEP = {"workspace", "store", "fold", "fold_lists", "device", "threads", "workers"}
+SET_BY_SWEEP = {"workspace", "store", "fold", "fold_lists", "device", "threads"}
 NOT_IN_DIGEST = {"workspace", "concurrent", "threads", "gpus", "device", "tracking_uri"}  # they change no result
 
 

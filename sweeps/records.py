@@ -1,14 +1,15 @@
 """A sweep in MLflow: one run for the sweep, one for each variant, one for each fold of it; all of them get closed."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from pipelines.config import SweepConfig
 from pipelines.identity import fold_params, git_sha, task_metrics
+from pipelines.store import FeatureStore
 from pipelines.tracking import Run, Tracker, TrackingError, final_metrics, read_curve
-from sweeps.plan import SweepPlan
+from sweeps.study import Variant
 from sweeps.tables import Table
 from sweeps.trial import FoldResult, Job, last_line
 
@@ -19,6 +20,15 @@ NO_CURVE = {"step": 0, "loss": NAN, "lr": NAN, "episodes_per_s": NAN, "seen_miou
 NO_TRAINING = {"seen_miou": NAN, "train_seconds": 0.0}
 
 
+class Plan(Protocol):
+    """What is run: a SweepPlan, or a search, whose jobs become more."""
+
+    name: str
+    store: FeatureStore
+    variants: Sequence[Variant]
+    jobs: Sequence[Job]
+
+
 class SweepRuns:
     """Listens to a sweep and logs it from the driver.
 
@@ -26,13 +36,12 @@ class SweepRuns:
     missing, and raises TrackingError if the tracker fails still.
     """
 
-    def __init__(self, tracker: Tracker, plan: SweepPlan, config: SweepConfig):
-        self._tracker, self._plan, self._study = tracker, plan, config.study
+    def __init__(self, tracker: Tracker, study: str, plan: Plan, settings: dict):
+        self._tracker, self._plan, self._study = tracker, plan, study
         self._live: dict[str, Run] = {}
         self._failed: dict[str, str] = {}
         self._warned = False
-        settings = config.model_dump(mode="json", exclude={"workspace", "train", "tracking_uri"}) | config.train
-        settings |= {"store": plan.store.key, "backbone": plan.store.info.backbone, "git_sha": git_sha()}
+        settings = settings | {"store": plan.store.key, "backbone": plan.store.info.backbone, "git_sha": git_sha()}
         self._sweep = tracker.open(self._study, plan.name, plan.name, "sweep", settings)
         self._variants = {v.name: self._open_variant(v.name) for v in plan.variants}
 
@@ -87,13 +96,14 @@ class SweepRuns:
     def _open(self, job: Job) -> Run:
         if job.name not in self._live:
             params = fold_params(self._plan.store, job.variant.name, job.train, job.evaluations)
-            parent = self._variants[job.variant.name]
+            parent = self._variants.get(job.variant.name, self._sweep)  # a search has no variants
             self._live[job.name] = self._tracker.open(self._study, self._key(job), job.name, "fold", params, parent)
         return self._live[job.name]
 
     def _log_finished(self, job: Job, result: FoldResult) -> None:
         run = self._open(job)
-        run.params({"episodes_digest": result.episodes_digest, "classes_drawn": _classes_drawn(result)})
+        if result.scores:
+            run.params({"episodes_digest": result.episodes_digest, "classes_drawn": _classes_drawn(result)})
         run.curve(read_curve(result.run_dir) or [NO_CURVE])
         run.metrics(fold_metrics(result))
         run.text(job.file.read_text(), job.file.name)

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,12 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray import tune
+from ray.tune.search import Searcher
 from rich.console import Console
 
 from la.errors import InputError
 from pipelines.cluster import ray_session
-from pipelines.config import SweepConfig
+from pipelines.config import SweepConfig, TrialPlacement
 from pipelines.tracking import Tracker
 from pipelines.workspace import Workspace, locked, write_text
 from sweeps.display import SweepDisplay
@@ -34,9 +35,10 @@ from sweeps.records import SweepRuns
 from sweeps.studies import STUDIES
 from sweeps.study import Variant
 from sweeps.tables import Table
-from sweeps.trial import FoldResult, Job, Report, describe_error, read_result, run_trial
+from sweeps.trial import FoldResult, Job, Report, describe_error, finished, run_trial
 
 Trainable = Callable[[Job, Report], FoldResult]
+Work = Callable[[dict, Report], object]  # runs in a worker, on what a trial is given
 WORKER_DIED = "the trial's process died without an error: killed, most likely for lack of memory (--concurrent 1?)"
 
 
@@ -85,15 +87,22 @@ def run_sweep(
     with locked(plan.folder, wait=False):
         settings = config.model_copy(update={"store": plan.store.key}).model_dump(mode="json")
         write_text(plan.folder / "sweep.json", json.dumps({"command": command, "config": settings}, indent=1))
-        results = {job.name: result for job in plan.jobs if (result := _finished(job))}
+        results = {job.name: result for job in plan.jobs if (result := finished(job))}
         todo = [job for job in plan.jobs if job.name not in results]
         failed: dict[str, str] = {}
-        runs = SweepRuns(Tracker(Workspace(config.workspace), config.tracking_uri), plan, config)
+        shown = config.model_dump(mode="json", exclude={"workspace", "train", "tracking_uri"}) | config.train
+        runs = SweepRuns(Tracker(Workspace(config.workspace), config.tracking_uri), config.study, plan, shown)
         try:
             if todo:
+                by_name = {job.name: job for job in todo}
+
+                def work(settings: dict, report: Report) -> FoldResult:
+                    return trainable(by_name[settings["trial"]], report)
+
                 with SweepDisplay(console, len(plan.jobs), len(results)) as display:
-                    failed = _run_trials(config, plan.folder, todo, trainable, [runs, display])
-            results = {job.name: result for job in plan.jobs if (result := _finished(job))}
+                    workers = config.train.get("workers", 0)
+                    failed = run_trials(config, workers, plan.folder, work, by_name, [runs, display])
+            results = {job.name: result for job in plan.jobs if (result := finished(job))}
             interrupted = any(job.name not in results and job.name not in failed for job in plan.jobs)
             outcome = SweepResult(config, plan.name, plan.folder, plan.variants, results, failed, interrupted)
             for table in outcome.tables:
@@ -105,37 +114,45 @@ def run_sweep(
             raise
 
 
-def _finished(job: Job) -> FoldResult | None:
-    result = read_result(job.file)
-    return result if result and result.finished else None
-
-
-def _run_trials(
-    config: SweepConfig, folder: Path, jobs: Sequence[Job], trainable: Trainable, listeners: Sequence[Listener]
+def run_trials(
+    place: TrialPlacement,
+    workers: int,
+    folder: Path,
+    work: Work,
+    jobs: Mapping[str, Job],
+    listeners: Sequence[Listener],
+    searcher: Searcher | None = None,
 ) -> dict[str, str]:
-    """Run `jobs` with Tune; returns the errors of those that failed."""
-    by_name = {job.name: job for job in jobs}
+    """Run trials with Tune, each with `workers` Ray Train workers or alone; returns the errors of those that failed.
+
+    Without a `searcher`, all `jobs` are run; one proposes trials, {"trial": name, ...}, and adds each to `jobs` first.
+    """
 
     def trial(settings: dict) -> None:
         try:
             # In a dict of its own: Tune reads meaning into some keys, a `done` that is true ends the trial.
-            trainable(by_name[settings["trial"]], lambda metrics: tune.report({"report": metrics}))
+            work(settings, lambda metrics: tune.report({"report": metrics}))
         except Exception as error:
             # Reported, since Tune tells its callbacks that a trial failed but not why; raised, since a process whose
             # GPU context broke must not be used for the next trial.
             tune.report({"error": describe_error(error)})
             raise
 
-    relay = _Relay(by_name, listeners)
+    relay = _Relay(jobs, listeners)
     # Of an earlier start: Tune's own state, which nothing here reads back.
     shutil.rmtree(folder / "tune", ignore_errors=True)
     with ray_session():
-        resources, concurrent = _resources(config)
+        resources, concurrent = _resources(place, workers)
         tuner = tune.Tuner(
-            tune.with_resources(trial, resources),
-            param_space={"trial": tune.grid_search(list(by_name))},
-            # A worker that stays saves each further trial the start of a process and the import of torch.
-            tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=True),
+            tune.with_resources(trial, tune.PlacementGroupFactory([resources])),
+            param_space=None if searcher else {"trial": tune.grid_search(list(jobs))},
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=-1 if searcher else 1,  # the searcher says when it has no more
+                max_concurrent_trials=concurrent,
+                # A worker that stays saves each further trial the start of a process and the import of torch.
+                reuse_actors=True,
+            ),
             run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0, callbacks=[relay]),
         )
         with _quiet("execution.tune_controller", "tune", "analysis.experiment_analysis"):
@@ -146,7 +163,7 @@ def _run_trials(
 class _Relay(tune.Callback):
     """Tells the listeners what happens to the trials."""
 
-    def __init__(self, jobs: dict[str, Job], listeners: Sequence[Listener]):
+    def __init__(self, jobs: Mapping[str, Job], listeners: Sequence[Listener]):
         self._jobs, self._listeners = jobs, listeners
         self.errors: dict[str, str] = {}
 
@@ -164,7 +181,7 @@ class _Relay(tune.Callback):
             self._tell("reported", trial, result["report"])
 
     def on_trial_complete(self, iteration: int, trials: list, trial: object, **info: object) -> None:
-        result = _finished(self._jobs[trial.config["trial"]])
+        result = finished(self._jobs[trial.config["trial"]])
         if result:
             self._tell("finished", trial, result)
         else:
@@ -179,21 +196,32 @@ class _Relay(tune.Callback):
             getattr(listener, event)(self._jobs[trial.config["trial"]], *arguments)
 
 
-def _resources(config: SweepConfig) -> tuple[dict[str, float], int]:
-    """What one trial takes, and how many run at once."""
+def _resources(place: TrialPlacement, workers: int) -> tuple[dict[str, float], int]:
+    """What Tune sets aside for one trial, and how many run at once.
+
+    Tune does not count the workers that Ray Train starts for a trial. Were CPUs set aside for the trials themselves,
+    they would wait for their workers and the workers for them; so such a trial takes a byte of memory (it has to take
+    something), and the number of trials keeps within the CPUs and GPUs.
+    """
     cluster = ray.cluster_resources()
     cpus, gpus = cluster.get("CPU", 0), cluster.get("GPU", 0)
-    each = config.gpus if config.gpus is not None else float(gpus > 0 and config.device != "cpu")
-    if config.threads > cpus:
-        raise InputError(f"--threads {config.threads}: Ray has {cpus:.0f} CPUs. Pass at most that many.")
-    if each > gpus:
-        raise InputError(f"--gpus {each:g}: Ray has {gpus:g} GPUs. Pass at most that many, or 0 for the CPU.")
-    if config.device.startswith("cuda") and not each:
+    each = place.gpus if place.gpus is not None else float(gpus > 0 and place.device != "cpu")
+    if workers and each not in (0, 1):
+        raise InputError(f"--gpus {each:g} with --workers {workers}: a Ray Train worker takes one whole GPU, or none.")
+    processes = max(1, workers)
+    if place.threads * processes > cpus:
+        asked = f"--threads {place.threads}" + (f" times --workers {workers}" if workers else "")
+        raise InputError(f"{asked}: Ray has {cpus:.0f} CPUs. Pass at most that many.")
+    if each * processes > gpus:
+        asked = f"--gpus {each:g}" + (f" times --workers {workers}" if workers else "")
+        raise InputError(f"{asked}: Ray has {gpus:g} GPUs. Pass at most that many, or 0 for the CPU.")
+    if place.device.startswith("cuda") and not each:
         raise InputError("--device cuda with no GPU for a trial: pass --gpus, of which a fraction shares one.")
-    fit = int(cpus // config.threads)
+    fit = int(cpus // (place.threads * processes))
     if each:
-        fit = min(fit, int(gpus / each))
-    return {"cpu": config.threads, "gpu": each}, min(config.concurrent or fit, fit)
+        fit = min(fit, int(gpus / (each * processes)))
+    taken = {"memory": 1} if workers else {"CPU": place.threads, "GPU": each}
+    return taken, min(place.concurrent or fit, fit)
 
 
 @contextmanager

@@ -26,12 +26,13 @@ class Job:
 
     variant: Variant
     train: TrainConfig | None  # None for a method without training
-    evaluations: tuple[EvaluateConfig, ...]  # of `la`: without the checkpoint, which training gives
+    # of `la`: without the checkpoint, which training gives; none in a search, which trains alone
+    evaluations: tuple[EvaluateConfig, ...]
     file: Path  # where the result goes
 
     @property
     def fold(self) -> int:
-        return self.evaluations[0].fold
+        return self.train.fold if self.train else self.evaluations[0].fold
 
     @property
     def name(self) -> str:
@@ -61,6 +62,7 @@ class FoldResult(Settings):
     variant: str
     fold: int
     finished: bool = False
+    stopped_early: bool = False  # by a search, before the last step
     step: int = 0  # training steps done
     run_dir: Path | None = None  # of the training run
     checkpoint: Path | None = None
@@ -147,6 +149,12 @@ def read_result(file: Path) -> FoldResult | None:
             f"{file} is not the result of a trial ({str(error).splitlines()[0]}). It was edited, or written by another "
             "version: delete it, and the sweep makes it again."
         ) from error
+
+
+def finished(job: Job) -> FoldResult | None:
+    """The result of a trial that is finished."""
+    result = read_result(job.file)
+    return result if result and result.finished else None
 
 
 def describe_error(error: Exception) -> str:

@@ -1,11 +1,24 @@
+import gc
 import json
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from fake_sweep import STEPS, fake_config, fake_evaluate, fake_store, fake_train
+from pycocotools import mask as rle_tools
 from rich.console import Console
 
+from la.coco import Annotation, Dataset, Image
 from la.errors import InputError, TooFewImages
+from pipelines.batches import BatchBuilder
+from pipelines.episodes import Plan, pool_of
+from pipelines.shards import ShardNote, StoreSettings, shard_file, write_shard
+from pipelines.store import FeatureStore, SplitInfo, StoreInfo, finish_store
 from pipelines.tracking import Tracker, TrackingError
 from pipelines.workspace import Workspace, locked
 from sweeps.ablations import ABLATIONS, ablation_tables
@@ -27,6 +40,10 @@ def ignore(_):
 
 def finish(job):
     return run_trial(job, ignore, fake_train, fake_evaluate)
+
+
+def opened(tracker, plan, config):
+    return SweepRuns(tracker, config.study, plan, config.train)
 
 
 def outcome(config, plan, results, failed):
@@ -207,6 +224,92 @@ def test_a_table_by_fold_has_intervals_and_the_means_of_the_same_folds(tmp_path)
     assert two.rows[0][4] == f"{(30.6 + 32.2) / 2:.1f}"
 
 
+READ_A_STORE = """
+import sys
+from pipelines.store import FeatureStore
+
+def kilobytes():
+    lines = [line.split() for line in open("/proc/self/smaps_rollup")]
+    return {words[0].rstrip(":"): int(words[1]) for words in lines if words[-1] == "kB"}
+
+store = FeatureStore(sys.argv[1])
+ids = store.image_ids("train")
+store.read_batch(ids[:4])
+before = kilobytes()
+for first in range(0, len(ids), 4):
+    store.read_batch(ids[first : first + 4])
+after = kilobytes()
+print(*((after[name] - before[name]) // 1024 for name in ("Anonymous", "Rss")))
+"""
+
+
+def test_a_trial_maps_the_features_and_copies_none(tmp_path):
+    megabytes = 64
+    path = store_of_zeros(tmp_path, images=16 * megabytes)
+    code = [sys.executable, "-c", READ_A_STORE, str(path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    told = subprocess.run(code, capture_output=True, text=True, check=True, env=environment).stdout
+    anonymous, resident = map(int, told.split())
+    assert anonymous < megabytes / 4, "of its own"
+    assert resident > megabytes / 2, "pages of the files count as resident, in every process, though all share them"
+
+
+def test_a_process_that_runs_many_trials_keeps_one_view_of_the_store(tmp_path):
+    path = store_of_zeros(tmp_path, images=8)
+    plan = Plan("la-train", 0, "train", "seen", 0, ((1, 1, 1),), 1, mixed=("mask",))
+    assert pool_of(plan, FeatureStore(path)) is pool_of(plan, FeatureStore(path))
+    assert FeatureStore(path) != FeatureStore(path.parent / "other")
+
+
+def test_a_builder_ends_with_its_use_and_not_with_the_next_garbage_collection(tmp_path):
+    builder = BatchBuilder(FeatureStore(store_of_zeros(tmp_path, images=8)), "train")
+    builder.coverage(1, (1,))
+    left = weakref.ref(builder)
+    gc.disable()
+    try:
+        del builder
+        assert left() is None
+    finally:
+        gc.enable()
+
+
+def store_of_zeros(root, images):
+    """A store of photos of 64 kB of features each, with one object on the first."""
+    settings = StoreSettings(annotations={}, backbone="x", weights="x", image_size=16, preprocessing={}, layer="x")
+    path = root / "features" / settings.key
+    photos = {i: Image(i, f"{i}.jpg", 8, 8) for i in range(1, images + 1)}
+    note = ShardNote(
+        key=settings.key,
+        split="train",
+        number=0,
+        image_ids=list(photos),
+        skipped={},
+        weights_digest="",
+        patch_size=1,
+        channels=128,
+        grid=(16, 16),
+    )
+    rows = ((photo, np.zeros((16, 16, 128), np.float16)) for photo in photos.values())
+    checksum = write_shard(path / shard_file("train", 0), settings, note, rows).features_sha256
+    info = StoreInfo(
+        key=settings.key,
+        settings=settings,
+        weights_digest="",
+        patch_size=1,
+        channels=128,
+        grid=(16, 16),
+        splits={"train": SplitInfo(name="train", images=images, annotations=0, skipped={})},
+        shards={shard_file("train", 0): checksum},
+        coco_dir="",
+        software={},
+    )
+    (rle,) = rle_tools.frPyObjects([[1.0, 1.0, 7.0, 1.0, 7.0, 7.0]], 8, 8)
+    one = Annotation(1, 1, 1, False, 15, (1.0, 1.0, 7.0, 7.0), rle["counts"])
+    annotations = {i: (one,) if i == 1 else () for i in photos}
+    finish_store(path, info, {"train": Dataset("train", photos, {c: f"class {c}" for c in range(1, 81)}, annotations)})
+    return path
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_plans_runs_and_tells(tmp_path, name):
     study = STUDIES[name]
@@ -239,14 +342,14 @@ def test_a_stopped_sweep_closes_all_its_runs_and_the_next_start_takes_them_up(tm
         return {run.info.run_name.replace(plan.name, "sweep"): run.info.status for run in found}
 
     # Killed outright: nothing is closed, and one trial was logged no further than its start.
-    runs = SweepRuns(tracker, plan, config)
+    runs = opened(tracker, plan, config)
     for job in plan.jobs[:2]:
         runs.started(job)
     assert set(status().values()) == {"RUNNING"}
     # Started again, and stopped by Ctrl-C before any trial starts.
     results = {plan.jobs[0].name: finish(plan.jobs[0])}
     tables = ablation_tables(outcome(config, plan, results, {}))
-    SweepRuns(tracker, plan, config).close(results, tables)
+    opened(tracker, plan, config).close(results, tables)
     assert status() == {
         "sweep": "KILLED",
         "complete": "KILLED",
@@ -255,7 +358,7 @@ def test_a_stopped_sweep_closes_all_its_runs_and_the_next_start_takes_them_up(tm
         "complete/fold1": "KILLED",
     }
     # Started once more, to the end.
-    runs = SweepRuns(tracker, plan, config)
+    runs = opened(tracker, plan, config)
     results = {}
     for job in plan.jobs:
         runs.started(job)
@@ -274,7 +377,7 @@ def test_a_tracker_that_fails_meanwhile_costs_no_trial(tmp_path, monkeypatch, ca
     config = fake_config(tmp_path, variants=("complete",))
     plan = plan_sweep(config)
     tracker = Tracker(Workspace(tmp_path))
-    runs = SweepRuns(tracker, plan, config)
+    runs = opened(tracker, plan, config)
     with monkeypatch.context() as broken:
         broken.setattr(tracker, "open", lambda *_: (_ for _ in ()).throw(TrackingError("gone")))
         runs.started(plan.jobs[0])
