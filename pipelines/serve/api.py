@@ -1,0 +1,289 @@
+"""The HTTP API: class sets from annotated photos, and photos segmented by them. OpenAPI at /api/openapi.json."""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, FastAPI, File, Form, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, Json
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from la.errors import InputError
+from pipelines.serve.results import coco_document, png
+from pipelines.serve.service import MB, NAME_LENGTH, ClassSet, Refused, Service, Upload, by_class
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+ClassName = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+class RunLengths(BaseModel):
+    """A mask as COCO writes it: run lengths, background first, column by column, or pycocotools' compressed string."""
+
+    model_config = ConfigDict(extra="forbid")
+    size: Annotated[list[int], Field(min_length=2, max_length=2, description="Height and width of the photo.")]
+    counts: list[int] | str
+
+
+class Annotation(BaseModel):
+    """Where a class is on a photo: a COCO annotation with `segmentation`, or with `bbox`, or with `points`."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    photo: Annotated[int, Field(ge=0, description="Position of the photo among `photos`, from 0.")]
+    class_name: Annotated[ClassName, Field(alias="class")]
+    segmentation: Annotated[
+        RunLengths | list[list[Number]] | None, Field(description="Run lengths, or polygons [x, y, x, y, ...].")
+    ] = None
+    bbox: Annotated[
+        list[Number] | None, Field(min_length=4, max_length=4, description="Left, top, width, height in pixels.")
+    ] = None
+    points: Annotated[
+        list[tuple[Number, Number, Literal[0, 1]]] | None,
+        Field(description="x and y in pixels, and 1 on the object or 0 beside it."),
+    ] = None
+
+
+class ClassSetSummary(BaseModel):
+    """A class set: label i + 1 of masks and category id i + 1 are `classes[i]`."""
+
+    id: str
+    classes: list[str]
+    shots: Annotated[dict[str, int], Field(description="Photos that show each class.")]
+    seconds: Annotated[float, Field(description="That making it took; 0 when it is only looked at.")] = 0.0
+    queue_seconds: Annotated[float, Field(description="Waited for the model before.")] = 0.0
+
+
+class CocoImage(BaseModel):
+    """COCO's."""
+
+    id: int
+    file_name: str
+    height: int
+    width: int
+
+
+class CocoCategory(BaseModel):
+    """COCO's."""
+
+    id: int
+    name: str
+
+
+class CocoAnnotation(BaseModel):
+    """All pixels of one class on the photo."""
+
+    id: int
+    image_id: int
+    category_id: int
+    segmentation: RunLengths
+    bbox: list[float]
+    area: int
+    iscrowd: int
+    score: float
+
+
+class SegmentedPhoto(BaseModel):
+    """A COCO instances file of one photo, and beside that the scores of all classes and the time."""
+
+    images: list[CocoImage]
+    annotations: list[CocoAnnotation]
+    categories: list[CocoCategory]
+    scores: Annotated[dict[str, float], Field(description="Mean probability over the class's pixels; 0 without any.")]
+    seconds: float
+    queue_seconds: float
+
+
+class Problem(BaseModel):
+    """Why a request was not done: a code for programs, a message for people, the field at fault where one is."""
+
+    code: str
+    message: str
+    field: str | None = None
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Problem} for status in statuses}
+
+
+def build_api(service: Service) -> FastAPI:
+    """The application with the API alone; the page is put beside it by `pipelines.serve.page`."""
+    app = FastAPI(
+        title="Label Anything",
+        description="Segment photos into classes that a few annotated photos show.",
+        version="1",
+        openapi_url="/api/openapi.json",
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+    )
+    app.include_router(_routes(service))
+    for kind in (InputError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _answer)
+    app.add_middleware(RequestLimit, max_bytes=service.config.max_request_mb * MB)
+    return app
+
+
+def _routes(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/api", tags=["segmentation"])
+    config = service.config
+
+    @router.post("/class-sets", status_code=201, responses=_problems(400, 413, 422, 429, 503))
+    async def create_class_set(
+        photos: Annotated[list[UploadFile], File(description="JPEG, PNG, WebP or BMP.")],
+        annotations: Annotated[Json[list[Annotation]], Form(description="What the photos show, as JSON.")],
+    ) -> ClassSetSummary:
+        """Show classes by annotated photos."""
+        names = list(dict.fromkeys(one.class_name for one in annotations))
+        _at_most(len(photos), config.max_photos, "photos", "photos")
+        _at_most(len(names), config.max_classes, "classes", "annotations")
+        service.class_sets.check_room()
+        prompts = _of_each_photo(annotations, len(photos))
+        uploads = [await _received(service, photo, f"photos.{at}") for at, photo in enumerate(photos)]
+        done = await service.queue.run(service.show, uploads, prompts, names)
+        number = service.class_sets.add(done.value)
+        return _summary(number, done.value, done.seconds, done.queue_seconds)
+
+    @router.get("/class-sets/{class_set_id}", responses=_problems(404, 422))
+    async def get_class_set(class_set_id: str) -> ClassSetSummary:
+        """What a class set shows."""
+        return _summary(class_set_id, service.class_sets.get(class_set_id))
+
+    @router.delete("/class-sets/{class_set_id}", status_code=204, responses=_problems(404, 422))
+    async def delete_class_set(class_set_id: str) -> None:
+        """Forget a class set."""
+        service.class_sets.delete(class_set_id)
+
+    @router.post(
+        "/class-sets/{class_set_id}/segment",
+        response_model=SegmentedPhoto,
+        responses=_problems(400, 404, 413, 422, 503)
+        | {
+            200: {
+                "description": "The masks. Beside a PNG, whose pixels are labels, scores and times are in headers.",
+                "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+                "headers": {
+                    "X-Scores": {"schema": {"type": "string"}, "description": "JSON list, in the order of classes."},
+                    "X-Seconds": {"schema": {"type": "number"}},
+                    "X-Queue-Seconds": {"schema": {"type": "number"}},
+                },
+            }
+        },
+    )
+    async def segment_photo(
+        class_set_id: str,
+        photo: Annotated[UploadFile, File(description="JPEG, PNG, WebP or BMP.")],
+        output: Annotated[Literal["coco", "png"], Form(description="COCO JSON, or an indexed PNG.")] = "coco",
+    ) -> Response:
+        """Segment a photo into the classes of a class set."""
+        class_set = service.class_sets.get(class_set_id)
+        upload = await _received(service, photo, "photo")
+        done = await service.queue.run(service.segment, class_set, upload)
+        scores = [round(float(score), 4) for score in done.value.scores]
+        times = {"seconds": round(done.seconds, 4), "queue_seconds": round(done.queue_seconds, 4)}
+        headers = {
+            "X-Scores": json.dumps(scores),
+            "X-Seconds": str(times["seconds"]),
+            "X-Queue-Seconds": str(times["queue_seconds"]),
+        }
+        if output == "png":
+            return Response(png(done.value.mask), media_type="image/png", headers=headers)
+        classes = class_set.supports.classes
+        document = coco_document([(upload.name, done.value.mask, scores)], classes)
+        document |= {"scores": dict(zip(classes, scores, strict=True))} | times
+        return JSONResponse(SegmentedPhoto(**document).model_dump(), headers=headers)
+
+    return router
+
+
+def _of_each_photo(annotations: list[Annotation], count: int) -> list[Mapping[str, list]]:
+    shown: list[list[tuple[str, object]]] = [[] for _ in range(count)]
+    for at, one in enumerate(annotations):
+        if one.photo >= count:
+            message = f"annotation {at} is for photo {one.photo}; there are {count} photos, from 0 on."
+            raise Refused(422, "no_such_photo", f"annotations.{at}.photo", message)
+        prompt = one.model_dump(exclude={"photo", "class_name"}, exclude_none=True)
+        shown[one.photo].append((one.class_name, prompt))
+    for at, some in enumerate(shown):
+        if not some:
+            message = f"photo {at} has no annotation; say what it shows, or leave it out."
+            raise Refused(422, "no_annotation", f"photos.{at}", message)
+    return [by_class(some) for some in shown]
+
+
+async def _received(service: Service, file: UploadFile, field: str) -> Upload:
+    data = await file.read(service.config.max_photo_mb * MB + 1)
+    return service.receive(file.filename, data, field)
+
+
+def _at_most(found: int, most: int, what: str, field: str) -> None:
+    if found > most:
+        raise Refused(413, f"too_many_{what}", field, f"there are {found} {what}; at most {most} are taken.")
+
+
+def _summary(number: str, class_set: ClassSet, seconds: float = 0.0, queue_seconds: float = 0.0) -> ClassSetSummary:
+    supports = class_set.supports
+    return ClassSetSummary(
+        id=number,
+        classes=list(supports.classes),
+        shots=supports.shots,
+        seconds=round(seconds, 4),
+        queue_seconds=round(queue_seconds, 4),
+    )
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    headers = None
+    if isinstance(error, Refused):
+        status, problem = error.status, Problem(code=error.code, message=str(error), field=error.field)
+    elif isinstance(error, InputError):
+        status, problem = 422, Problem(code="unusable", message=str(error))
+    elif isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:]) or None
+        status, problem = 422, Problem(code="invalid", message=f"{field}: {first['msg']}.", field=field)
+    else:
+        assert isinstance(error, HTTPException)
+        codes = {400: "malformed", 404: "not_found", 405: "method_not_allowed"}
+        status, headers = error.status_code, error.headers
+        problem = Problem(code=codes.get(status, "refused"), message=str(error.detail))
+    return JSONResponse(problem.model_dump(), status, headers)
+
+
+class RequestLimit:
+    """Requests of more bytes end with 413, whether they say their length or not, before they fill the disk."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int):
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        message = f"the request has more than {self._max_bytes // MB} MB, the most that is taken at once."
+        too_large = JSONResponse(Problem(code="request_too_large", message=message).model_dump(), 413)
+        stated = dict(scope["headers"]).get(b"content-length", b"0")
+        if stated.isdigit() and int(stated) > self._max_bytes:
+            return await too_large(scope, receive, send)
+        taken, refused = 0, False
+
+        async def counted() -> Message:
+            nonlocal taken, refused
+            part = await receive()
+            taken += len(part.get("body", b""))
+            if taken > self._max_bytes:
+                refused = True
+                raise HTTPException(413)
+            return part
+
+        async def answered(part: Message) -> None:
+            if not refused:  # whatever the application makes of the cut
+                await send(part)
+
+        try:
+            await self._app(scope, counted, answered)
+        except HTTPException:
+            if not refused:
+                raise
+        if refused:
+            await too_large(scope, receive, send)

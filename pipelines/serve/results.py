@@ -1,0 +1,36 @@
+"""Results and annotations as files: one COCO document, PNG with the user's colours."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from pycocotools import mask as rle_tools
+
+from pipelines.mask_files import coco_results, indexed, palette
+
+Colour = tuple[int, int, int]  # RGB
+
+
+def coco_document(photos: Sequence[tuple[str, np.ndarray, Sequence[float]]], classes: Sequence[str]) -> dict:
+    """COCO instances of (name, mask (H, W), scores (N,)) of each photo; category i + 1 is `classes[i]`."""
+    images, annotations = [], []
+    for image_id, (name, mask, scores) in enumerate(photos, 1):
+        images.append({"id": image_id, "file_name": name, "height": mask.shape[0], "width": mask.shape[1]})
+        for one in coco_results(mask, scores, range(1, len(classes) + 1)):
+            area = int(rle_tools.area(one["segmentation"]))
+            numbers = {"id": len(annotations) + 1, "image_id": image_id, "area": area, "iscrowd": 0}
+            annotations.append(numbers | one)
+    categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def png(mask: np.ndarray, colours: Sequence[Colour] | None = None, clear_background: bool = False) -> bytes:
+    """Indexed PNG whose pixels are labels; `colours[i]` is that of label i + 1, by default VOC's palette."""
+    image = indexed(mask)
+    if colours is not None:
+        table = palette()
+        table[1 : len(colours) + 1] = colours
+        image.putpalette(table.tobytes())
+    file = io.BytesIO()
+    image.save(file, "PNG", **({"transparency": 0} if clear_background else {}))
+    return file.getvalue()
