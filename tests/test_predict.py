@@ -14,6 +14,7 @@ from cli import app
 from la.errors import InputError
 from la.predictor import Predictor
 from la.user_prompts import Box, Points
+from pipelines.bench_predict import bench_predict
 from pipelines.config import PredictConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.mask_files import palette
@@ -210,3 +211,11 @@ def test_support_files_that_cannot_be_used_are_named(scenes, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"has no \.json"):
         read_support_files(tmp_path / "empty")
+
+
+def test_the_heads_are_timed_against_the_backbone():
+    results = bench_predict(("debug", "hybrid"), "vit_demo_patch8_128", 128, ways=2, shots=2, repeats=2)
+    assert ["debug" in results[0].name, "hybrid" in results[1].name] == [True, True]
+    for result in results:
+        assert result.ratio == pytest.approx(result.details["heads ms"] / result.details["backbone ms"])
+        assert "2 ways, 4 supports" in result.name
