@@ -40,8 +40,11 @@ from pipelines.drill_ground import (
     starts_of,
     weights_of,
 )
+from pipelines.drill_s3 import s3_server
 from pipelines.store import FeatureStore
 from pipelines.workspace import Workspace
+
+FAILING = 12  # requests that an S3 server answers with 500
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,22 @@ def truncated_shard(ground: Ground) -> Finding:
 
 
 def s3_errors(ground: Ground) -> Finding:
-    raise Skipped("no object storage in this drill yet")
+    """The server fails while shards are copied there, and again while another machine fetches the store."""
+    try:
+        server = ground.enter(s3_server())
+    except ImportError as error:
+        raise Skipped(f"{error.name} is not installed: pip install -e '.[dev]'") from error
+    workspace, elsewhere, uri = ground.root / "s3", ground.root / "s3-elsewhere", server.folder("drill")
+    job = ground.featurize(workspace, "s3", features=uri)
+    job.until(lambda: len(_shards(workspace)) > 1, "second shard")
+    server.failing = FAILING
+    job.wait(0)
+    server.failing = FAILING
+    ground.verb("pull", uri, workspace=elsewhere, name="s3-pull").wait(0)
+    finished = len(_shards(workspace))
+    lost = f"0 of {finished} shards, {server.failed} answers of 500"
+    equal = ground.same_features(workspace) and ground.same_features(elsewhere)
+    return Finding(lost, server.failed == 2 * FAILING and len(_shards(elsewhere)) == finished, equal)
 
 
 def _in_process(ground: Ground, name: str) -> TrainConfig:

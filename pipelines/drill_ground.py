@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +23,7 @@ from pipelines.demo.scenes import draw_scenes
 from pipelines.store import FeatureStore, read_info
 from pipelines.workspace import Workspace
 
+T = TypeVar("T")
 WEIGHTS = Path(__file__).parent / "demo" / "vit_demo.safetensors"
 FEATURIZE = ("--backbone", "vit_demo_patch8_128", "--weights", str(WEIGHTS), "--image-size", "128", "--threads", "1")
 STEPS, EVERY = 240, 40  # of a training, and between its checkpoints
@@ -76,6 +78,7 @@ class Ground:
         self.base = root / "base"
         self.address: str | None = None  # of the Ray cluster, once there is one
         self._jobs: list[Job] = []
+        self._contexts = ExitStack()
 
     def prepare(self) -> None:
         """Draw scenes, featurize them, train once: what everything later is compared with."""
@@ -83,8 +86,9 @@ class Ground:
         self.featurize(self.base, "base-featurize").wait(0)
         self.verb("train", *TRAIN, workspace=self.base, name="base-train").wait(0)
 
-    def featurize(self, workspace: Path, name: str, workers: int = 0) -> Job:
+    def featurize(self, workspace: Path, name: str, workers: int = 0, features: str | None = None) -> Job:
         options = ("--coco-dir", self.root / "scenes", *FEATURIZE, "--workers", workers)
+        options += ("--features", features) if features else ()
         return self.verb("featurize", *options, workspace=workspace, name=name)
 
     def copy(self, name: str) -> Path:
@@ -117,8 +121,13 @@ class Ground:
         self._jobs.append(job)
         return job
 
+    def enter(self, context: AbstractContextManager[T]) -> T:
+        """What a context gives; it is left when the case has ended."""
+        return self._contexts.enter_context(context)
+
     def end(self) -> None:
-        """End what still runs, after a case that went wrong."""
+        """End what a case leaves behind, and what still runs after one that went wrong."""
+        self._contexts.close()
         for job in self._jobs:
             if job.process.poll() is None:
                 job.process.kill()

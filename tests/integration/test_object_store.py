@@ -1,65 +1,31 @@
 """Stores on an S3 server, which moto plays, whole and half made, well and failing."""
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from moto.server import DomainDispatcherApplication, create_backend_app
-from pyarrow import fs
 from typer.testing import CliRunner
-from werkzeug.serving import make_server
 
 import cli
 import pipelines.shard_maker
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig
+from pipelines.drill_s3 import Server, s3_server
 from pipelines.featurize import featurize
 from pipelines.remote import RemoteStores
 from pipelines.store import FeatureStore
 from tests.conftest import TINY
 
 
-class Server:
-    """An S3 server that answers 500 to the next `failing` requests."""
-
-    def __init__(self):
-        self.failing = 0
-        self.failed = 0
-        self._s3 = DomainDispatcherApplication(create_backend_app)
-        self.http = make_server("127.0.0.1", 0, self._answer, threaded=True)
-
-    def _answer(self, environ, start_response):
-        if self.failing:
-            self.failing -= 1
-            self.failed += 1
-            start_response("500 Internal Server Error", [("Content-Length", "0")])
-            return [b""]
-        return self._s3(environ, start_response)
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        server = Server()
-        thread = threading.Thread(target=server.http.serve_forever, daemon=True)
-        thread.start()
+    with s3_server() as server:
         yield server
-        server.http.shutdown()
 
 
 @pytest.fixture
 def uri(server: Server, tmp_path: Path) -> str:
-    query = (
-        f"endpoint_override=127.0.0.1:{server.http.server_port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-    )
-    bucket = "".join(c for c in tmp_path.name.lower() if c.isalnum())
-    filesystem, _ = fs.FileSystem.from_uri(f"s3://{bucket}/?{query}")
-    filesystem.create_dir(bucket)
-    return f"s3://{bucket}/stores?{query}"
+    return server.folder("".join(c for c in tmp_path.name.lower() if c.isalnum()))
 
 
 @pytest.fixture
