@@ -142,7 +142,7 @@ def run_trials(
     # Of an earlier start: Tune's own state, which nothing here reads back.
     shutil.rmtree(folder / "tune", ignore_errors=True)
     with ray_session():
-        resources, concurrent = _resources(place, workers)
+        resources, concurrent = trial_resources(place, workers)
         tuner = tune.Tuner(
             tune.with_resources(trial, tune.PlacementGroupFactory([resources])),
             param_space=None if searcher else {"trial": tune.grid_search(list(jobs))},
@@ -196,7 +196,7 @@ class _Relay(tune.Callback):
             getattr(listener, event)(self._jobs[trial.config["trial"]], *arguments)
 
 
-def _resources(place: TrialPlacement, workers: int) -> tuple[dict[str, float], int]:
+def trial_resources(place: TrialPlacement, workers: int) -> tuple[dict[str, float], int]:
     """What Tune sets aside for one trial, and how many run at once.
 
     Tune does not count the workers that Ray Train starts for a trial. Were CPUs set aside for the trials themselves,

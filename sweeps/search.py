@@ -57,31 +57,30 @@ class SearchResult:
 
     @property
     def tables(self) -> list[Table]:
-        columns = ("trial", "seen mIoU", "steps", "preset", "lr", "weight decay", "dim", "loss", "prompts", "minutes")
+        columns = ("#", "mIoU", "steps", "preset", "lr", "decay", "dim", "loss", "prompts")  # no wider than a terminal
         notes = [
-            "mIoU on held-out photos of seen classes, the best of a training's validations; no unseen class counts"
+            "mIoU on val photos of seen classes, the best of a training's validations; unseen classes take no part",
+            "#: number of the trial; *: stopped early; decay: of weights; prompts: m masks, p points, b boxes",
         ]
         if self.importance:
             told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in self.importance.items())
             notes.append(f"what told the better trials from the others at the first validation: {told}")
         rows = tuple(self._row(name) for name in self.ranked)
-        return [
-            Table("search", f"Search of {len(rows)} trials on fold {self.config.fold}", columns, rows, tuple(notes))
-        ]
+        title = f"Search: {len(rows)} trials on fold {self.config.fold}"
+        return [Table("search", title, columns, rows, tuple(notes))]
 
     def _row(self, name: str) -> tuple[str, ...]:
         train, result = self.jobs[name].train, self.results[name]
         return (
-            self.jobs[name].variant.name,
+            self.jobs[name].variant.name.removeprefix("trial-").lstrip("0") or "0",
             f"{result.training['seen_miou']:.1f}",
-            f"{result.step}, stopped" if result.stopped_early else str(result.step),
+            f"{result.step}*" if result.stopped_early else str(result.step),
             train.preset,
             f"{train.lr:g}",
             f"{train.weight_decay:g}",
             str(train.dim),
             train.loss,
-            "+".join(train.prompts),
-            f"{result.seconds / 60:.1f}",
+            "+".join(kind[0] for kind in train.prompts),
         )
 
 

@@ -1,8 +1,10 @@
+import io
 import shlex
 from types import SimpleNamespace
 
 import pytest
 from fake_search import STEPS, TRIALS, fake_config, fake_train, quality
+from rich.console import Console
 from typer.testing import CliRunner
 
 import cli
@@ -144,10 +146,13 @@ def test_the_table_ranks_trials_and_weighs_settings(tmp_path, long_search):
     (table,) = told.tables
     assert len(table.rows) == 35
     assert all(len(row) == len(table.columns) for row in table.rows)
-    whole = [float(row[1]) for row in table.rows if "stopped" not in row[2]]
+    whole = [float(row[1]) for row in table.rows if "*" not in row[2]]
     assert whole == sorted(whole, reverse=True)
     assert max(told.importance, key=told.importance.get) == "lr_times"
     assert "lr_times" in table.text()
+    narrow = Console(width=80, file=io.StringIO())
+    narrow.print(table.rich())
+    assert "…" not in narrow.file.getvalue(), "a terminal has room for it"
     assert result_of(run(fake_config(tmp_path / "few"), 3)[0]).importance == {}
 
 

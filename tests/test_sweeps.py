@@ -16,6 +16,7 @@ from rich.console import Console
 from la.coco import Annotation, Dataset, Image
 from la.errors import InputError, TooFewImages
 from pipelines.batches import BatchBuilder
+from pipelines.config import TrialPlacement
 from pipelines.episodes import Plan, pool_of
 from pipelines.shards import ShardNote, StoreSettings, shard_file, write_shard
 from pipelines.store import FeatureStore, SplitInfo, StoreInfo, finish_store
@@ -27,7 +28,7 @@ from sweeps.folds import fold_tables
 from sweeps.plan import plan_sweep
 from sweeps.prompts import PAPER
 from sweeps.records import SweepRuns, over_folds
-from sweeps.runner import SweepResult
+from sweeps.runner import SweepResult, trial_resources
 from sweeps.studies import STUDIES
 from sweeps.trial import read_result, run_trial
 
@@ -222,6 +223,39 @@ def test_a_table_by_fold_has_intervals_and_the_means_of_the_same_folds(tmp_path)
     assert one.rows[0][1:] == ("25.0 [24.0, 26.0]", "27.0 [26.0, 28.0]", f"26.0 ± {width:.1f}", "39.7", "-13.7")
     assert one.rows[1][2] == "not run"
     assert two.rows[0][4] == f"{(30.6 + 32.2) / 2:.1f}"
+
+
+@pytest.mark.parametrize(
+    ("place", "workers", "taken", "at_once"),
+    [
+        ({}, 0, {"CPU": 1, "GPU": 1}, 2),
+        ({"gpus": 0.25}, 0, {"CPU": 1, "GPU": 0.25}, 8),
+        ({"gpus": 0.25, "concurrent": 3}, 0, {"CPU": 1, "GPU": 0.25}, 3),
+        ({"device": "cpu", "threads": 4}, 0, {"CPU": 4, "GPU": 0}, 2),
+        ({"device": "cpu"}, 3, {"memory": 1}, 2),
+        ({}, 2, {"memory": 1}, 1),
+    ],
+)
+def test_trials_share_cpus_and_gpus(monkeypatch, place, workers, taken, at_once):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    assert trial_resources(TrialPlacement(**place), workers) == (taken, at_once)
+
+
+@pytest.mark.parametrize(
+    ("place", "workers", "message"),
+    [
+        ({"threads": 9}, 0, "--threads 9: Ray has 8 CPUs"),
+        ({"threads": 3, "device": "cpu"}, 3, "--threads 3 times --workers 3: Ray has 8 CPUs"),
+        ({"gpus": 3}, 0, "--gpus 3: Ray has 2 GPUs"),
+        ({"gpus": 0.5}, 2, "a Ray Train worker takes one whole GPU"),
+        ({}, 3, "--gpus 1 times --workers 3: Ray has 2 GPUs"),
+        ({"device": "cuda", "gpus": 0}, 0, "--device cuda with no GPU"),
+    ],
+)
+def test_a_trial_that_fits_nowhere_is_refused(monkeypatch, place, workers, message):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    with pytest.raises(InputError, match=message):
+        trial_resources(TrialPlacement(**place), workers)
 
 
 READ_A_STORE = """

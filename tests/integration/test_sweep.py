@@ -62,7 +62,7 @@ def all_runs(workspace: Path) -> list:
     return client.search_runs([experiment.experiment_id]) if experiment else []
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 @pytest.mark.filterwarnings("ignore:The ``noload``")  # MLflow's own
 def test_a_killed_sweep_goes_on_where_it_was_and_failures_stay_alone(tmp_path):
     calls, results = tmp_path / "calls.log", tmp_path / "runs" / "sweeps"
@@ -70,7 +70,7 @@ def test_a_killed_sweep_goes_on_where_it_was_and_failures_stay_alone(tmp_path):
     # Round 1: one trial finishes, one trial's process dies, one is at work when the driver is killed.
     driver = start(tmp_path, 1)
     started = [f"1 train {name}\n" for name in ("complete", "no_spatial_convs", "no_mixer")]
-    wait_for(lambda: calls.exists() and all(s in calls.read_text() for s in started), 60, "third trial")
+    wait_for(lambda: calls.exists() and all(s in calls.read_text() for s in started), 120, "third trial")
     wait_for(lambda: any('"finished": true' in f.read_text() for f in results.glob("*/complete*.json")), 20, "result")
     wait_for(lambda: any(r.data.tags.get("la.error") for r in all_runs(tmp_path)), 20, "logged failure")
     family = set(filter(at_work, descendants(driver.pid)))
