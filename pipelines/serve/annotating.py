@@ -1,0 +1,230 @@
+"""What one user of the page has marked: classes, support photos with points, boxes and strokes, and how to undo it."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+from pycocotools import mask as rle_tools
+
+from la.user_prompts import Box, Points, Prompt
+from pipelines.serve.service import Upload
+
+Tool = Literal["inside", "outside", "box", "brush", "eraser"]
+# Told apart by most colour-blind people as well (Okabe and Ito, "Color Universal Design", 2008); then around again.
+COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#ffffff")
+
+
+@dataclass
+class ShownClass:
+    """A class: its number within the session, which marks name it by, its name, and its colour as #rrggbb."""
+
+    number: int
+    name: str
+    colour: str
+
+    @property
+    def rgb(self) -> tuple[int, int, int]:
+        return tuple(bytes.fromhex(self.colour[1:]))
+
+    @property
+    def text_colour(self) -> str:
+        """Black or white, whichever is read better on the class's colour."""
+        r, g, b = self.rgb
+        return "black" if 0.299 * r + 0.587 * g + 0.114 * b > 128 else "white"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One action of a tool: (x, y) in pixels of the photo, one for a point, two for a box, any number for a stroke."""
+
+    tool: Tool
+    number: int  # of the class
+    path: tuple[tuple[float, float], ...]
+    width: float = 0.0  # of a stroke, in pixels
+
+
+@dataclass
+class AnnotatedPhoto:
+    """A support photo of (height, width), what is marked on it, and a copy `reduction` times smaller as a data URL."""
+
+    upload: Upload
+    size: tuple[int, int]
+    preview: str
+    reduction: float = 1.0
+    marks: list[Mark] = field(default_factory=list)
+
+    def add(self, tool: Tool, number: int, path: Sequence[tuple[float, float]], width: float) -> None:
+        """Keep a mark, moved into the photo; a box without an inside is none."""
+        height, wide = self.size
+        inside = tuple((min(max(x, 0.0), float(wide)), min(max(y, 0.0), float(height))) for x, y in path)
+        if tool == "box":
+            (xa, ya), (xb, yb) = inside[0], inside[-1]
+            inside = (min(xa, xb), min(ya, yb)), (max(xa, xb), max(ya, yb))
+            if inside[1][0] - inside[0][0] < 1 or inside[1][1] - inside[0][1] < 1:
+                return
+        self.marks.append(Mark(tool, number, inside, width))
+
+    def prompts(self, classes: Sequence[ShownClass]) -> dict[str, list[Prompt]]:
+        """Class name -> prompts; classes without any, and those with points beside the object alone, are absent."""
+        found = {one.name: self._prompts_of(one.number) for one in classes}
+        return {name: prompts for name, prompts in found.items() if any(map(_shows, prompts))}
+
+    def annotations(self, classes: Sequence[ShownClass]) -> list[dict]:
+        """The prompts as COCO annotations, by `category_id` = position of the class from 1 on."""
+        kept = self.prompts(classes)
+        return [
+            {"category_id": at, "iscrowd": 0, **_annotation(prompt)}
+            for at, one in enumerate(classes, 1)
+            for prompt in kept.get(one.name, ())
+        ]
+
+    def _prompts_of(self, number: int) -> list[Prompt]:
+        mine = [mark for mark in self.marks if mark.number == number]
+        points = {tool: [m.path[0] for m in mine if m.tool == tool] for tool in ("inside", "outside")}
+        prompts: list[Prompt] = [Box(*m.path[0], *m.path[1]) for m in mine if m.tool == "box"]
+        if points["inside"] or points["outside"]:
+            prompts.append(Points(points["inside"], points["outside"]))
+        mask = painted([m for m in mine if m.tool in ("brush", "eraser")], self.size)
+        return [*prompts, mask] if mask.any() else prompts
+
+    def drawing(self, classes: Sequence[ShownClass]) -> str:
+        """SVG, in pixels of the photo, of all marks."""
+        height, width = self.size
+        unit = max(height, width) / 100
+        parts = []
+        for one in classes:
+            strokes = [m for m in self.marks if m.number == one.number and m.tool in ("brush", "eraser")]
+            if strokes:
+                lines = "".join(_line(m, "white" if m.tool == "brush" else "black") for m in strokes)
+                parts.append(f'<mask id="painted-{one.number}">{lines}</mask>')
+                parts.append(
+                    f'<rect width="{width}" height="{height}" fill="{one.colour}" fill-opacity="0.55" '
+                    f'mask="url(#painted-{one.number})"/>'
+                )
+        colours = {one.number: one for one in classes}
+        for mark in self.marks:
+            if mark.number in colours:
+                parts.append(_shape(mark, colours[mark.number], unit))
+        return "".join(parts)
+
+
+class Session:
+    """What one open page holds."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing yet."""
+        self.classes: list[ShownClass] = []
+        self.photos: list[AnnotatedPhoto] = []
+        self.at: int | None = None  # the photo that is being marked
+        self.chosen: int | None = None  # number of the class that marks are for
+        self._numbers = itertools.count(1)
+        self._colours = itertools.cycle(COLOURS)
+        self.next_colour = next(self._colours)
+
+    def add_class(self, name: str, colour: str | None = None) -> ShownClass:
+        """A new class, chosen; or the one of that name. The name is cut to what messages and files can hold."""
+        name = " ".join(name.split())[:80]
+        there = [one for one in self.classes if one.name == name]
+        if not there:
+            there = [ShownClass(next(self._numbers), name, colour or self.next_colour)]
+            self.classes += there
+            self.next_colour = next(self._colours)
+        self.chosen = there[0].number
+        return there[0]
+
+    def remove_class(self, number: int) -> None:
+        """With its marks."""
+        self.classes = [one for one in self.classes if one.number != number]
+        for photo in self.photos:
+            photo.marks = [mark for mark in photo.marks if mark.number != number]
+        if self.chosen == number:
+            self.chosen = self.classes[-1].number if self.classes else None
+
+    def remove_photo(self) -> None:
+        """The one that is being marked."""
+        del self.photos[self.at]
+        self.at = min(self.at, len(self.photos) - 1) if self.photos else None
+
+    @property
+    def photo(self) -> AnnotatedPhoto | None:
+        return None if self.at is None else self.photos[self.at]
+
+    def shown(self) -> tuple[list[str], list[tuple[AnnotatedPhoto, Mapping[str, list[Prompt]]]]]:
+        """Names of the classes that are marked somewhere, in order, and the marked photos with their prompts."""
+        marked = [(photo, prompts) for photo in self.photos if (prompts := photo.prompts(self.classes))]
+        names = [one.name for one in self.classes if any(one.name in prompts for _, prompts in marked)]
+        return names, marked
+
+    def support_file(self) -> dict:
+        """The classes and marks as a COCO file, as `cli.py predict --support` reads it beside the photos."""
+        images, annotations = [], []
+        for image_id, photo in enumerate(self.photos, 1):
+            height, width = photo.size
+            images.append({"id": image_id, "file_name": photo.upload.name, "height": height, "width": width})
+            for one in photo.annotations(self.classes):
+                annotations.append({"id": len(annotations) + 1, "image_id": image_id, **one})
+        categories = [{"id": at, "name": one.name} for at, one in enumerate(self.classes, 1)]
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def painted(strokes: Sequence[Mark], size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool of strokes of brush and eraser, in the order they were made."""
+    canvas = Image.new("1", size[::-1])
+    draw = ImageDraw.Draw(canvas)
+    for mark in strokes:
+        fill, radius = int(mark.tool == "brush"), mark.width / 2
+        if len(mark.path) > 1:
+            draw.line(mark.path, fill, max(1, round(mark.width)))
+        for x, y in mark.path:
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
+    return np.asarray(canvas).copy()
+
+
+def _shows(prompt: Prompt) -> bool:
+    return not isinstance(prompt, Points) or bool(prompt.inside)
+
+
+def _annotation(prompt: Prompt) -> dict:
+    if isinstance(prompt, Box):
+        x, y, w, h = prompt.x0, prompt.y0, prompt.x1 - prompt.x0, prompt.y1 - prompt.y0
+        return {"bbox": [x, y, w, h], "area": w * h}
+    if isinstance(prompt, Points):
+        return {"points": [[*p, 1] for p in prompt.inside] + [[*p, 0] for p in prompt.outside], "area": 0}
+    rle = rle_tools.encode(np.asfortranarray(prompt, np.uint8))
+    shape = {"size": rle["size"], "counts": rle["counts"].decode()}
+    return {"segmentation": shape, "bbox": rle_tools.toBbox(rle).tolist(), "area": int(prompt.sum())}
+
+
+def _line(mark: Mark, colour: str) -> str:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (*mark.path, mark.path[-1]))
+    return (
+        f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{mark.width:.1f}" '
+        'stroke-linecap="round" stroke-linejoin="round"/>'
+    )
+
+
+def _shape(mark: Mark, of: ShownClass, unit: float) -> str:
+    """A point as a circle with + or -, a box as a frame, each on a dark edge that is seen on any photo."""
+    title = f"<title>{escape(of.name)}</title>"
+    (x, y), (x1, y1) = mark.path[0], mark.path[-1]
+    if mark.tool == "box":
+        frame = f'<rect x="{x:.1f}" y="{y:.1f}" width="{x1 - x:.1f}" height="{y1 - y:.1f}" fill="none" '
+        edge = f'{frame} stroke="black" stroke-width="{unit:.2f}"/>'
+        return f'<g>{title}{edge}{frame} stroke="{of.colour}" stroke-width="{0.6 * unit:.2f}"/></g>'
+    if mark.tool in ("inside", "outside"):
+        arm = 0.9 * unit
+        cross = f"M{x - arm:.1f},{y:.1f}h{2 * arm:.1f}"
+        cross += f"M{x:.1f},{y - arm:.1f}v{2 * arm:.1f}" if mark.tool == "inside" else ""
+        disc = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{1.8 * unit:.2f}" fill="{of.colour}" stroke="black" '
+        return (
+            f'<g>{title}{disc} stroke-width="{0.4 * unit:.2f}"/>'
+            f'<path d="{cross}" stroke="{of.text_colour}" stroke-width="{0.5 * unit:.2f}"/></g>'
+        )
+    return ""

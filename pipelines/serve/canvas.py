@@ -1,0 +1,143 @@
+"""The part of the page where a support photo is marked, by mouse, finger or keyboard."""
+
+from collections.abc import Callable
+
+from nicegui import ui
+
+from pipelines.serve.annotating import Mark, Session, Tool
+
+TOOLS: dict[Tool, str] = {"inside": "Inside", "outside": "Outside", "box": "Box", "brush": "Brush", "eraser": "Eraser"}
+ARROWS = {"ArrowLeft": (-1, 0), "ArrowRight": (1, 0), "ArrowUp": (0, -1), "ArrowDown": (0, 1)}
+STEP = 0.02  # of the photo's longer side, that an arrow key moves the cursor
+POINTER_EVENTS = ["pointerdown", "pointermove", "pointerup", "pointerleave", "pointercancel"]
+# Moves without a button pressed are of no use, and each would be a message.
+ONLY_DRAGS = "(e) => { if (e.mouse_event_type !== 'pointermove' || e.buttons) emit(e) }"
+ONLY_KEYS = """(e) => {
+    if (!['ArrowLeft', 'ArrowRight', 'ArrowUp', 'ArrowDown', 'Enter', ' '].includes(e.key)) return;
+    e.preventDefault(); e.stopPropagation(); emit({key: e.key, shift: e.shiftKey});
+}"""
+
+
+class Canvas:
+    """Draws the session's photo with its marks, and adds marks; `changed` is called after each."""
+
+    def __init__(self, session: Session, changed: Callable[[], None], tell: Callable[[str], None]):
+        self._session, self._changed, self._tell = session, changed, tell
+        self.tool: Tool = "inside"
+        self.brush = 6.0  # percent of the photo's longer side
+        self._path: list[tuple[float, float]] = []  # of the action under way
+        self._tool_under_way: Tool = "inside"
+        self._cursor: tuple[float, float] | None = None
+        self.image = ui.interactive_image(events=POINTER_EVENTS, sanitize=False).classes("canvas w-full rounded")
+        self.image.props(
+            'tabindex=0 role=application aria-label="Support photo. Arrow keys move a cursor, Enter uses the tool '
+            'there, Shift with Enter marks a point outside."'
+        )
+        self.image.on("mouse", self._pointer, js_handler=ONLY_DRAGS)
+        self.image.on("contextmenu", js_handler="(e) => e.preventDefault()")
+        self.image.on("keydown", self._key, js_handler=ONLY_KEYS)
+        self.show()
+
+    def show(self) -> None:
+        """Another photo, or the same anew."""
+        self._path, self._cursor = [], None
+        photo = self._session.photo
+        self.image.set_visibility(photo is not None)
+        if photo is not None:
+            self.image.set_source(photo.preview)
+            self.draw()
+
+    def draw(self) -> None:
+        """The marks, and the one under way."""
+        photo = self._session.photo
+        if photo is None:
+            return
+        marks, under_way = photo.marks, self._under_way()
+        photo.marks = [*marks, under_way] if under_way else marks
+        drawing = photo.drawing(self._session.classes)
+        photo.marks = marks
+        self.image.set_content(f'<g transform="scale({1 / photo.reduction})">{drawing}{self._cross()}</g>')
+
+    def undo(self) -> None:
+        """The last action on this photo."""
+        if (photo := self._session.photo) and photo.marks:
+            photo.marks.pop()
+            self._done()
+
+    def clear(self) -> None:
+        """All actions on this photo."""
+        if (photo := self._session.photo) and photo.marks:
+            photo.marks.clear()
+            self._done()
+
+    def _under_way(self) -> Mark | None:
+        if not self._path:
+            return None
+        (xa, ya), (xb, yb) = self._path[0], self._path[-1]
+        box = self._tool_under_way == "box"
+        path = ((min(xa, xb), min(ya, yb)), (max(xa, xb), max(ya, yb))) if box else tuple(self._path)
+        return Mark(self._tool_under_way, self._session.chosen, path, self._width())
+
+    def _width(self) -> float:
+        return max(1.0, self.brush / 100 * max(self._session.photo.size))
+
+    def _pointer(self, event) -> None:
+        photo, what = self._session.photo, event.args
+        if photo is None:
+            return
+        kind = what["mouse_event_type"]
+        at = (what["image_x"] * photo.reduction, what["image_y"] * photo.reduction)
+        if kind == "pointerdown" and what["button"] in (0, 2):
+            self._begin(at, what["shiftKey"] or what["button"] == 2)
+        elif self._path and kind == "pointercancel":
+            self._path = []
+            self.draw()
+        elif self._path:
+            self._path.append(at)
+            self.draw()
+            if kind != "pointermove":
+                self._end()
+
+    def _begin(self, at: tuple[float, float], outside: bool) -> None:
+        if self._session.chosen is None:
+            self._tell("Add a class first: marks say where it is.")
+            return
+        self._tool_under_way = "outside" if outside and self.tool == "inside" else self.tool
+        self._path = [at]
+        if self._tool_under_way in ("inside", "outside"):
+            self._end()
+        else:
+            self.draw()
+
+    def _end(self) -> None:
+        path, self._path = self._path, []
+        self._session.photo.add(self._tool_under_way, self._session.chosen, path, self._width())
+        self._done()
+
+    def _done(self) -> None:
+        self.draw()
+        self._changed()
+
+    def _key(self, event) -> None:
+        photo, key = self._session.photo, event.args["key"]
+        if photo is None:
+            return
+        height, width = photo.size
+        x, y = self._cursor or (width / 2, height / 2)
+        if key in ARROWS:
+            step, (dx, dy) = STEP * max(height, width), ARROWS[key]
+            self._cursor = min(max(x + step * dx, 0), width), min(max(y + step * dy, 0), height)
+            self.draw()
+        elif self._path:  # Enter again, at the box's other corner or the stroke's end
+            self._path.append((x, y))
+            self._end()
+        else:
+            self._cursor = x, y
+            self._begin((x, y), event.args["shift"])
+
+    def _cross(self) -> str:
+        if self._cursor is None:
+            return ""
+        (x, y), arm = self._cursor, 0.03 * max(self._session.photo.size)
+        line = f'<path d="M{x - arm},{y}h{2 * arm}M{x},{y - arm}v{2 * arm}" fill="none" '
+        return f'{line} stroke="white" stroke-width="{arm / 3}"/>{line} stroke="black" stroke-width="{arm / 9}"/>'

@@ -1,0 +1,475 @@
+"""The web page: classes, support photos and their marks, query photos and their masks.
+
+Nothing is loaded from elsewhere. Each open page is a `Page` with a session of its own; what takes the model goes
+through the service's queue.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+
+import numpy as np
+from fastapi import FastAPI
+from nicegui import events, ui
+from PIL import Image
+
+from la.errors import InputError
+from la.support_set import Support
+from pipelines.demo.drawing import Scene
+from pipelines.demo.scenes import CLASS_NAMES, PAIRS, draw_scene
+from pipelines.serve.annotating import AnnotatedPhoto, Session
+from pipelines.serve.canvas import TOOLS, Canvas
+from pipelines.serve.results import coco_document, png
+from pipelines.serve.service import MB, MOST_LEFT_OUT, ClassSet, Refused, Segmentation, Service, Timed, Upload
+
+PREVIEW = 1280  # pixels of the longer side of what is shown; marks and masks are of the photo's own size
+TOOL_KEYS = dict(zip("ioxbe", TOOLS, strict=True))
+STYLE = """
+.canvas img { touch-action: none; cursor: crosshair; user-select: none }
+.canvas:focus-visible, button:focus-visible { outline: 3px solid #1565c0; outline-offset: 2px }
+.stack { position: relative } .stack img { display: block; width: 100% }
+.stack img.mask {
+    position: absolute; inset: 0; height: 100%; image-rendering: pixelated; opacity: var(--mask-opacity, 0.6)
+}
+.swatch { display: inline-block; width: 0.9em; height: 0.9em; border: 1px solid #555; border-radius: 2px }
+.stack.masked img:not(.mask) { filter: grayscale(1) }
+h1, h2 { font-weight: 600; margin: 0; line-height: 1.4 } h1 { font-size: 1.5rem } h2 { font-size: 1.15rem }
+.q-uploader__subtitle { display: none }
+.q-uploader { width: 100%; max-height: 12rem } .q-uploader__list { display: none }
+"""
+# Drawn scenes of which two photos show a class each, by a box and by points, and the third shows both.
+EXAMPLE_SEED, EXAMPLE_SIDE, EXAMPLE_SUPPORTS, EXAMPLE_QUERY = 7, 384, (27, 70), 102
+
+
+@dataclass
+class Query:
+    """A photo to segment, and what was found on it with which classes; `moved` is the share of each support."""
+
+    upload: Upload
+    preview: str
+    done: Timed | None = None
+    names: tuple[str, ...] = ()
+    colours: tuple[tuple[int, int, int], ...] = ()
+    moved: list[float] | None = None
+
+    @property
+    def found(self) -> Segmentation:
+        return self.done.value
+
+
+def add_page(app: FastAPI, service: Service) -> None:
+    """Put the page at / of the application with the API."""
+    open_pages: set[str] = set()
+
+    @ui.page("/", title="Label Anything", language="en-US")
+    def index() -> None:
+        client = ui.context.client
+        if len(open_pages) >= service.config.max_pages:
+            ui.label("As many people as this service takes are using it. Try again in a while.")
+            return
+        open_pages.add(client.id)
+        client.on_delete(lambda: open_pages.discard(client.id))
+        Page(service)
+
+    ui.run_with(app, title="Label Anything", show_welcome_message=False, reconnect_timeout=30.0)
+
+
+class Page:
+    """One open page."""
+
+    def __init__(self, service: Service):
+        self._service, self._session = service, Session()
+        self._queries: list[Query] = []
+        self._read: list[tuple[AnnotatedPhoto, tuple, Support]] = []  # supports by what they were read from
+        self._class_set: ClassSet | None = None
+        self._busy = False
+        ui.add_css(STYLE)
+        ui.colors(primary="#1565c0")  # white on it is read well
+        with ui.column().classes("w-full max-w-6xl mx-auto p-2 gap-4"):
+            self._header()
+            with ui.element("main").classes("grid grid-cols-1 lg:grid-cols-2 gap-4 w-full"):
+                with ui.column().classes("w-full gap-4 min-w-0"):
+                    self._classes_part()
+                    self._supports_part()
+                with ui.column().classes("w-full gap-4 min-w-0"):
+                    self._queries_part()
+        ui.keyboard(self._shortcut)
+
+    # What is on the page
+
+    def _header(self) -> None:
+        with ui.element("header").classes("w-full"):
+            with ui.row().classes("items-center justify-between w-full"):
+                ui.html("<h1>Label Anything</h1>", sanitize=False)
+                ui.button("Show an example", icon="auto_awesome", on_click=self._example).props("no-caps")
+            ui.label("Mark what you mean on a photo or two; other photos are segmented alike.")
+
+    def _classes_part(self) -> None:
+        with _section("1. Classes"):
+            with ui.row().classes("items-end w-full gap-2"):
+                self._name = ui.input("Name of a class").props("dense maxlength=80").classes("grow")
+                self._name.on("keydown.enter", self._add_class)
+                self._colour = ui.color_input("Colour", value=self._session.next_colour, preview=True)
+                self._colour.props("dense").classes("w-32")
+                ui.button("Add class", on_click=self._add_class).props("no-caps")
+            self._class_list()
+
+    @ui.refreshable_method
+    def _class_list(self) -> None:
+        if not self._session.classes:
+            ui.label("None yet. Marks are for the class that is chosen here.").classes("text-gray-700")
+        with ui.row().classes("gap-2").props('role=group aria-label="Class that marks are for"'):
+            for one in self._session.classes:
+                chosen = one.number == self._session.chosen
+                with ui.element("div").classes("flex items-center no-wrap border rounded"):
+                    button = ui.button(one.name, icon="check" if chosen else None, color=None)
+                    button.on_click(partial(self._choose, one.number))
+                    button.style(f"background:{one.colour};color:{one.text_colour};max-width:15rem")
+                    button.props(f"no-caps dense unelevated padding='2px 10px' aria-pressed={str(chosen).lower()}")
+                    remove = ui.button(icon="close", color=None, on_click=partial(self._remove_class, one.number))
+                    remove.props["aria-label"] = f"Remove class {one.name}"
+                    remove.props("flat dense size=sm")
+
+    def _supports_part(self) -> None:
+        with _section("2. Support photos"):
+            self._upload("Drop support photos here, or press +", self._support_came, "Add support photos")
+            self._thumbnails()
+            with ui.row().classes("items-center gap-2 w-full"):
+                self._tool = ui.toggle(TOOLS, value="inside", on_change=self._tool_chosen)
+                self._tool.props('no-caps dense padding="4px 10px" aria-label="Tool"')
+                for text, icon, action in (
+                    ("Undo", "undo", lambda: self._canvas.undo()),
+                    ("Clear", "delete_sweep", lambda: self._canvas.clear()),
+                    ("Remove photo", "delete", self._remove_photo),
+                ):
+                    ui.button(icon=icon, on_click=action).props(f'flat dense aria-label="{text}"').tooltip(text)
+            with ui.row().classes("items-center w-full no-wrap gap-4"):
+                ui.label("Brush").classes("shrink-0")
+                size = ui.slider(min=1, max=30, value=6, on_change=self._brush_chosen)
+                size.props('label aria-label="Size of the brush in percent of the photo"')
+            self._canvas = Canvas(self._session, self._changed, self._warn)
+            with ui.row().classes("items-center justify-between w-full"):
+                ui.label("Shift or the right button marks a point outside.").classes("text-sm text-gray-700")
+                ui.button("Marks as COCO", icon="download", on_click=self._download_supports).props(
+                    "flat no-caps dense"
+                )
+
+    @ui.refreshable_method
+    def _thumbnails(self) -> None:
+        with ui.row().classes("gap-2"):
+            for at, photo in enumerate(self._session.photos):
+                chosen = at == self._session.at
+                with ui.button(color=None, on_click=partial(self._choose_photo, at)) as button:
+                    ui.html(f'<img src="{photo.preview}" alt="" style="height:3rem">', sanitize=False)
+                button.props(f"flat dense padding=2px aria-pressed={str(chosen).lower()}")
+                button.props["aria-label"] = f"Mark {photo.upload.name}"
+                button.style(f"border:3px solid {'#1565c0' if chosen else 'transparent'}").tooltip(photo.upload.name)
+
+    def _queries_part(self) -> None:
+        with _section("3. Photos to segment"):
+            self._upload("Drop photos to segment here, or press +", self._query_came, "Add photos to segment")
+            with ui.row().classes("items-center w-full gap-2"):
+                self._button = ui.button("Segment", icon="play_arrow", on_click=self._segment).props("no-caps")
+                _download("COCO JSON", self._download_results)
+                ui.button("Remove all", icon="delete", on_click=self._remove_queries).props("flat no-caps dense")
+            with ui.row().classes("items-center w-full no-wrap gap-4"):
+                ui.label("Opacity").classes("shrink-0")
+                opacity = ui.slider(min=0, max=100, value=60).props(
+                    'label aria-label="Opacity of the masks in percent"'
+                )
+                opacity.on(
+                    "update:model-value",
+                    js_handler="(v) => document.documentElement.style.setProperty('--mask-opacity', v / 100)",
+                )
+            self._results()
+        with ui.expansion("Keyboard", icon="keyboard").classes("w-full bg-white"):
+            ui.label("1 to 9: class. I, O, X, B, E: inside, outside, box, brush, eraser. Z: undo. S: segment.")
+            ui.label("On the support photo: arrows move a cursor, Enter uses the tool there (a box: at two corners).")
+
+    @ui.refreshable_method
+    def _results(self) -> None:
+        if not self._queries:
+            ui.label("None yet.").classes("text-gray-700")
+        for number, query in enumerate(self._queries):
+            with ui.card().classes("w-full gap-2").props("flat bordered"):
+                ui.label(query.upload.name).classes("font-medium break-all")
+                mask, alt = "", escape(query.upload.name)
+                if query.done:
+                    overlay = _data_url(png(query.found.mask, query.colours, clear_background=True), "png")
+                    mask = f'<img class="mask" src="{overlay}" alt="Mask of {alt}">'
+                image = (
+                    f'<div class="stack {"masked" if mask else ""}"><img src="{query.preview}" alt="{alt}">{mask}</div>'
+                )
+                ui.html(image, sanitize=False).classes("w-full")
+                if query.done:
+                    self._about(number, query)
+
+    def _about(self, number: int, query: Query) -> None:
+        scores = zip(query.names, query.colours, query.found.scores, strict=True)
+        legend = "".join(
+            f'<li><span class="swatch" style="background:rgb{colour}"></span> {escape(name)} '
+            f"{f'{score:.2f}' if score else '(not found)'}</li>"
+            for name, colour, score in scores
+        )
+        ui.html(f'<ul style="display:flex;flex-wrap:wrap;gap:0 1rem">{legend}</ul>', sanitize=False)
+        ui.label(f"{query.done.seconds:.2f} s, after {query.done.queue_seconds:.2f} s in the queue").classes("text-sm")
+        names = [support.name for support in self._class_set.supports.supports] if self._class_set else []
+        if query.moved is not None and len(names) == len(query.moved):
+            ui.label("Without this support, so much of the result would be different:").classes("text-sm")
+            for name, share in zip(names, query.moved, strict=True):
+                with ui.row().classes("items-center w-full no-wrap gap-2 text-sm"):
+                    ui.label(name).classes("truncate w-32 shrink-0")
+                    bar = ui.linear_progress(share, show_value=False, size="10px").classes("grow")
+                    bar.props["aria-label"] = f"{name}: {share:.0%}"
+                    ui.label(f"{share:.0%}").classes("w-10 text-right shrink-0")
+        button = ui.button("PNG", icon="download", on_click=partial(self._download_mask, query)).props(
+            "flat no-caps dense"
+        )
+        button.props["aria-label"] = f"Download the mask of {query.upload.name} as PNG"
+
+    def _upload(self, label: str, came: Callable[[Upload], Awaitable[None]], name: str) -> None:
+        async def handle(event: events.UploadEventArguments) -> None:
+            with ui.context.client:
+                await self._told(self._receive(event, came))
+
+        config = self._service.config
+        upload = ui.upload(
+            multiple=True,
+            auto_upload=True,
+            label=label,
+            max_file_size=config.max_photo_mb * MB,
+            max_files=config.max_photos,
+            on_upload=handle,
+            on_rejected=lambda: self._warn(
+                f"At most {config.max_photos} photos of {config.max_photo_mb} MB are taken; JPEG, PNG, WebP or BMP."
+            ),
+        )
+        upload.props('flat bordered accept=".jpg,.jpeg,.png,.webp,.bmp" color=blue-grey-8')
+        upload.props["aria-label"] = name
+        upload.on("finish", lambda: upload.run_method("removeUploadedFiles"), args=[])  # it would count them for ever
+
+    # What users do
+
+    async def _receive(self, event: events.UploadEventArguments, came: Callable) -> None:
+        if event.file.size() > self._service.config.max_photo_mb * MB:
+            self._service.receive(event.file.name, bytes(self._service.config.max_photo_mb * MB + 1), "photo")
+        await came(self._service.receive(event.file.name, await event.file.read(), "photo"))
+
+    async def _support_came(self, upload: Upload) -> None:
+        self._room_for(self._session.photos)
+        photo = (await self._service.queue.run(self._annotated, upload)).value
+        self._room_for(self._session.photos)  # others may have come meanwhile
+        self._session.photos.append(photo)
+        self._choose_photo(len(self._session.photos) - 1)
+
+    async def _query_came(self, upload: Upload) -> None:
+        self._room_for(self._queries)
+        photo = (await self._service.queue.run(self._annotated, upload)).value
+        self._room_for(self._queries)
+        self._queries.append(Query(upload, photo.preview))
+        self._results.refresh()
+
+    def _room_for(self, photos: list) -> None:
+        most = self._service.config.max_photos
+        if len(photos) >= most:
+            raise Refused(413, "too_many_photos", "photo", f"There are {most} photos, the most that are taken.")
+
+    def _annotated(self, upload: Upload) -> AnnotatedPhoto:
+        """A job: decodes."""
+        photo = self._service.decode(upload)
+        size = (photo.height, photo.width)
+        photo.thumbnail((PREVIEW, PREVIEW))
+        file = io.BytesIO()
+        photo.save(file, "JPEG", quality=90)
+        return AnnotatedPhoto(upload, size, _data_url(file.getvalue(), "jpeg"), size[1] / photo.width)
+
+    def _add_class(self) -> None:
+        name, colour = (self._name.value or "").strip(), (self._colour.value or "").strip().lower()
+        if not name:
+            self._warn("Give the class a name.")
+        elif len(self._session.classes) >= self._service.config.max_classes:
+            self._warn(f"There are {len(self._session.classes)} classes, the most that are taken.")
+        elif not _is_colour(colour):
+            self._warn(f"{colour!r:.20} is no colour such as #56b4e9.")
+        else:
+            self._session.add_class(name, colour)
+            self._name.value, self._colour.value = "", self._session.next_colour
+            self._changed_classes()
+
+    def _choose(self, number: int) -> None:
+        self._session.chosen = number
+        self._class_list.refresh()
+
+    def _remove_class(self, number: int) -> None:
+        self._session.remove_class(number)
+        self._changed_classes()
+
+    def _choose_photo(self, at: int) -> None:
+        self._session.at = at
+        self._thumbnails.refresh()
+        self._canvas.show()
+
+    def _remove_photo(self) -> None:
+        if self._session.photo is not None:
+            self._session.remove_photo()
+            self._thumbnails.refresh()
+            self._canvas.show()
+            self._changed()
+
+    def _remove_queries(self) -> None:
+        self._queries.clear()
+        self._results.refresh()
+
+    def _tool_chosen(self, event: events.ValueChangeEventArguments) -> None:
+        self._canvas.tool = event.value
+
+    def _brush_chosen(self, event: events.ValueChangeEventArguments) -> None:
+        self._canvas.brush = event.value
+
+    def _changed_classes(self) -> None:
+        self._class_list.refresh()
+        self._canvas.draw()
+        self._changed()
+
+    def _changed(self) -> None:
+        """Results are no longer those of the marks."""
+        self._class_set = None
+
+    async def _segment(self) -> None:
+        if not self._busy:  # a second press while the first runs
+            self._busy = True
+            self._button.props("loading")
+            try:
+                await self._told(self._segment_all())
+            finally:
+                self._busy = False
+                self._button.props(remove="loading")
+
+    async def _segment_all(self) -> None:
+        names, marked = self._session.shown()
+        if not marked:
+            self._warn("Nothing is marked yet: choose a class, and mark it on a support photo.")
+            return
+        if not self._queries:
+            self._warn("Add a photo to segment.")
+            return
+        colours = {one.name: one.rgb for one in self._session.classes}
+        shown = [(photo, tuple(photo.marks), prompts) for photo, prompts in marked]
+        self._class_set = class_set = (await self._service.queue.run(self._learn, names, shown)).value
+        for query in list(self._queries):
+            query.done = await self._service.queue.run(self._service.segment, class_set, query.upload)
+            query.names, query.moved = class_set.supports.classes, None
+            query.colours = tuple(colours[name] for name in query.names)
+            self._results.refresh()
+        if len(shown) <= MOST_LEFT_OUT:
+            for query in list(self._queries):
+                query.moved = (await self._service.queue.run(self._service.moved, class_set, query.found)).value
+            self._results.refresh()
+
+    def _learn(self, names: list[str], shown: list) -> ClassSet:
+        """A job: reads the supports whose marks are others than last time."""
+        read = []
+        for photo, marks, prompts in shown:
+            key = (marks, tuple(prompts))
+            known = [support for p, k, support in self._read if p is photo and k == key]
+            read.append((photo, key, known[0] if known else self._service.read_support(photo.upload, prompts)))
+        self._read = read
+        return self._service.learn([support for _, _, support in read], names)
+
+    async def _example(self) -> None:
+        await self._told(self._show_example())
+
+    async def _show_example(self) -> None:
+        self._session.clear()
+        self._queries.clear()
+        self._class_set = None
+        scenes = [
+            draw_scene(EXAMPLE_SEED, "val2017", n, (EXAMPLE_SIDE,) * 2) for n in (*EXAMPLE_SUPPORTS, EXAMPLE_QUERY)
+        ]
+        uploads = [_upload_of(scene, f"scene {at}.png") for at, scene in enumerate(scenes, 1)]
+        for scene, upload in zip(scenes[:-1], uploads[:-1], strict=True):
+            await self._support_came(upload)
+            thing = scene.things[0]
+            one = self._session.add_class(CLASS_NAMES[PAIRS.index((thing.shape, thing.texture))])
+            mask = scene.instances == 1
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            corners = [(columns[0], rows[0]), (columns[-1] + 1, rows[-1] + 1)]
+            self._session.photo.add("box", one.number, [tuple(map(float, corner)) for corner in corners], 0.0)
+        self._colour.value = self._session.next_colour
+        await self._query_came(uploads[-1])
+        self._changed_classes()
+        await self._segment()
+
+    def _download_mask(self, query: Query) -> None:
+        ui.download.content(png(query.found.mask, query.colours), f"{query.upload.name}.mask.png")
+
+    def _download_results(self) -> None:
+        done = [query for query in self._queries if query.done]
+        if not done:
+            self._warn("Nothing is segmented yet.")
+            return
+        photos = [(query.upload.name, query.found.mask, query.found.scores) for query in done]
+        ui.download.content(json.dumps(coco_document(photos, done[0].names)), "masks.json")
+
+    def _download_supports(self) -> None:
+        if not self._session.shown()[1]:
+            self._warn("Nothing is marked yet.")
+            return
+        ui.download.content(json.dumps(self._session.support_file()), "support.json")
+
+    async def _shortcut(self, event: events.KeyEventArguments) -> None:
+        if (
+            not event.action.keydown
+            or event.action.repeat
+            or any((event.modifiers.ctrl, event.modifiers.alt, event.modifiers.meta))
+        ):
+            return
+        key = event.key.name.lower()
+        if key in TOOL_KEYS:
+            self._tool.value = TOOL_KEYS[key]
+        elif key == "z":
+            self._canvas.undo()
+        elif key == "s":
+            await self._segment()
+        elif key.isdigit() and 0 < int(key) <= len(self._session.classes):
+            self._choose(self._session.classes[int(key) - 1].number)
+
+    # How mistakes are told
+
+    async def _told(self, doing: Awaitable[None]) -> None:
+        try:
+            await doing
+        except InputError as error:
+            self._warn(str(error))
+
+    def _warn(self, message: str) -> None:
+        ui.notify(message, type="warning", multi_line=True, timeout=8000, close_button="OK")
+
+
+def _section(title: str) -> ui.card:
+    card = ui.card().classes("w-full gap-3").props("flat bordered")
+    with card:
+        ui.html(f"<h2>{title}</h2>", sanitize=False)
+    return card
+
+
+def _download(text: str, action: Callable[[], None]) -> ui.button:
+    return ui.button(text, icon="download", on_click=action).props("flat no-caps dense")
+
+
+def _data_url(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _is_colour(text: str) -> bool:
+    return len(text) == 7 and text[0] == "#" and all(c in "0123456789abcdef" for c in text[1:])
+
+
+def _upload_of(scene: Scene, name: str) -> Upload:
+    file = io.BytesIO()
+    Image.fromarray(scene.image).save(file, "PNG")
+    return Upload(name, file.getvalue(), "photo")
