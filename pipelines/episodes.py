@@ -163,7 +163,7 @@ class EpisodeShards:
         self.manifest = read_manifest(folder, plan.__dict__, dataset)
         self._plan = plan
         self._dataset = dataset
-        self._open = lru_cache(maxsize=64)(open_part)
+        self._open = lru_cache(maxsize=16)(open_part)  # an open part takes some 6 MB; training is in one of each group
 
     @property
     def digest(self) -> str:
@@ -182,7 +182,7 @@ class EpisodeShards:
             left = self._plan.count
             for part in range(-(-left // _batches_per_part(size))):
                 path = self.folder / _part_name(size, ways, shots, part)
-                file, wanted = self._open(path), size * min(left, _batches_per_part(size))
+                file, wanted = open_part(path), size * min(left, _batches_per_part(size))
                 if file.metadata.num_rows != wanted:
                     raise damaged_episodes(path, f"it has {file.metadata.num_rows} episodes, not {wanted}")
                 left -= _batches_per_part(size)
