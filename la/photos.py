@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from la.backbone import PHOTO_FORMATS
 from la.errors import InputError
+from la.rle import MAX_PIXELS
 
 Photo = Path | str | Image.Image | np.ndarray
 
@@ -26,12 +28,14 @@ def open_photo(photo: Photo) -> Image.Image:
     try:
         if isinstance(photo, Image.Image):
             return ImageOps.exif_transpose(photo).convert("RGB")
-        with Image.open(photo) as opened:
+        with Image.open(photo, formats=PHOTO_FORMATS) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise ValueError(f"it says it is {opened.width}x{opened.height} pixels, of at most {MAX_PIXELS} in all")
             return ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(
-            f"{name_of(photo)} cannot be decoded ({error!s:.160}); expected a whole JPEG, PNG or another image that "
-            "Pillow reads. Save it anew, or leave it out."
+            f"{name_of(photo)} cannot be decoded ({error!s:.160}); expected a whole JPEG, PNG, WebP "
+            "or BMP. Save it anew, or leave it out."
         ) from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from la.backbone import PHOTO_FORMATS
 from la.errors import InputError
 from la.photos import Photo
 from la.user_prompts import Box, Points, Prompt
@@ -129,7 +130,7 @@ def _labelme_photo(file: Path, content: dict) -> Photo:
         return path
     if content.get("imageData"):
         try:
-            return Image.open(io.BytesIO(base64.b64decode(content["imageData"])))
+            return Image.open(io.BytesIO(base64.b64decode(content["imageData"])), formats=PHOTO_FORMATS)
         except (binascii.Error, OSError, Image.DecompressionBombError) as error:
             raise InputError(f"{file}: `imageData` is no photo ({error}).") from error
     raise InputError(f"{file} names {content['imagePath']}, which is not beside it, and holds no `imageData`.")
@@ -166,7 +167,7 @@ def _painted(size: tuple[int, int], paint) -> np.ndarray:
 def _pasted(encoded: str, corners: list[tuple[float, float]], size: tuple[int, int], where: str) -> np.ndarray:
     """A mask that labelme keeps as a PNG of the box around it."""
     try:
-        piece = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("L")) > 0
+        piece = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)), formats=("PNG",)).convert("L")) > 0
     except (binascii.Error, OSError, Image.DecompressionBombError) as error:
         raise InputError(f"{where}: `mask` is no PNG ({error}). Draw it anew.") from error
     mask = np.zeros(size, bool)
@@ -189,7 +190,7 @@ def _json(file: Path) -> dict:
 def _same_size(photo: Photo, expected: tuple[int | None, int | None], file: Path) -> None:
     """The photo is as large as the file says: else its prompts would lie elsewhere."""
     try:
-        with Image.open(photo) if isinstance(photo, Path) else photo.copy() as opened:
+        with Image.open(photo, formats=PHOTO_FORMATS) if isinstance(photo, Path) else photo.copy() as opened:
             turned = opened.getexif().get(0x0112, 1) >= 5  # sides change places when it is turned upright
             found = (opened.width, opened.height) if turned else (opened.height, opened.width)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

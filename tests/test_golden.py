@@ -50,17 +50,16 @@ def test_fifty_steps_give_the_recorded_losses_with_and_without_a_stop(tmp_path, 
     # rounding differs from one processor to another; on one machine the losses repeat bit for bit, see below
     assert losses == pytest.approx(expected, rel=2e-3)
 
-    save = training.save
+    save_last = training.save_last
 
-    def stop_at_25(path, content):
-        save(path, content)
-        if path.name == "last.pt":
-            raise KeyboardInterrupt
+    def stop_at_25(run_dir, content):
+        save_last(run_dir, content)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save", stop_at_25)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "stopped", scenes, tiny_weights)
-    monkeypatch.setattr(training, "save", save)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_last", stop_at_25)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped", scenes, tiny_weights)
     resumed_losses, resumed = run(tmp_path / "stopped", scenes, tiny_weights)
     assert resumed_losses == losses
     assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
