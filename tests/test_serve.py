@@ -2,6 +2,7 @@
 
 import io
 import json
+import socket
 import struct
 import threading
 import zlib
@@ -9,20 +10,25 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
+from typer.testing import CliRunner
 
 fastapi_test = pytest.importorskip("fastapi.testclient")
 
+from cli import app  # noqa: E402
 from la.predictor import Predictor  # noqa: E402
 from la.user_prompts import Box, Points  # noqa: E402
 from pipelines.config import ServeConfig  # noqa: E402
 from pipelines.demo.scenes import draw_scene  # noqa: E402
+from pipelines.serve.annotating import AnnotatedPhoto, Session  # noqa: E402
 from pipelines.serve.api import build_api  # noqa: E402
-from pipelines.serve.service import ClassSets, Refused, Service, clean_name  # noqa: E402
+from pipelines.serve.service import ClassSets, Refused, Service, Upload, clean_name  # noqa: E402
+from pipelines.support_files import read_support_files  # noqa: E402
 
 
 def png_of(pixels: np.ndarray) -> bytes:
@@ -334,12 +340,12 @@ def test_answers_to_generated_requests_are_as_described(service, scenes):
         response_schema_conformance,
         negative_data_rejection,
     ]
-    app = build_api(service)
+    api = build_api(service)
     photo = png_of(scenes[0].image)
-    with fastapi_test.TestClient(app) as client:
+    with fastapi_test.TestClient(api) as client:
         number = create(client, [photo], BOXED).json()["id"]
     seen = set()
-    for found in schemathesis.openapi.from_asgi("/api/openapi.json", app).get_all_operations():
+    for found in schemathesis.openapi.from_asgi("/api/openapi.json", api).get_all_operations():
         operation = found.ok()
         cases = [
             operation.as_strategy(generation_mode=mode) for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
@@ -356,3 +362,73 @@ def test_answers_to_generated_requests_are_as_described(service, scenes):
 
         check()
     assert seen >= {("POST", 200), ("POST", 404), ("POST", 422), ("GET", 404), ("DELETE", 404)}
+
+
+def marked_session(scene) -> Session:
+    """Two classes on one photo, by every tool."""
+    session = Session()
+    height, width = scene.image.shape[:2]
+    session.photos.append(AnnotatedPhoto(Upload("a.png", png_of(scene.image), "photo"), (height, width), ""))
+    session.at = 0
+    first, second = session.add_class("first"), session.add_class("<script>")
+    photo = session.photo
+    photo.add("box", first.number, [(90, 70), (20, -30)], 0)
+    photo.add("inside", first.number, [(40, 50)], 0)
+    photo.add("outside", first.number, [(5, 5)], 0)
+    photo.add("brush", second.number, [(60, 60), (100, 60)], 12)
+    photo.add("eraser", second.number, [(60, 60)], 16)
+    photo.add("outside", second.number, [(1, 1)], 0)
+    return session
+
+
+def test_marks_become_prompts_in_pixels_of_the_photo(scenes):
+    session = marked_session(scenes[0])
+    prompts = session.photo.prompts(session.classes)
+    assert prompts["first"] == [Box(20, 0, 90, 70), Points([(40, 50)], [(5, 5)])]
+    points, mask = prompts["<script>"]
+    assert points == Points([], [(1, 1)])
+    assert mask[60, 90]
+    assert not mask[60, 60], "rubbed out"
+    assert not mask[80].any()
+
+
+def test_a_class_that_is_marked_nowhere_or_removed_is_not_shown(scenes):
+    session = marked_session(scenes[0])
+    third = session.add_class("third")
+    session.photo.add("outside", third.number, [(9, 9)], 0)
+    assert session.shown()[0] == ["first", "<script>"]
+    session.remove_class(session.classes[0].number)
+    names, ((_, prompts),) = session.shown()
+    assert names == list(prompts) == ["<script>"]
+    assert session.chosen == third.number
+
+
+def test_names_of_classes_cannot_become_part_of_the_page(scenes):
+    session = marked_session(scenes[0])
+    drawing = session.photo.drawing(session.classes)
+    assert "<script>" not in drawing
+    session.photo.add("inside", session.classes[1].number, [(9, 9)], 0)
+    assert "&lt;script&gt;" in session.photo.drawing(session.classes)
+
+
+def test_marks_saved_as_a_coco_file_are_read_by_predict_as_the_page_reads_them(service, predictor, scenes, tmp_path):
+    session = marked_session(scenes[0])
+    (tmp_path / "a.png").write_bytes(session.photo.upload.data)
+    (tmp_path / "support.json").write_text(json.dumps(session.support_file()))
+    files = read_support_files(tmp_path / "support.json")
+    (saved,) = predictor.read_supports(files.photos, files.prompts).supports
+    shown = service.read_support(session.photo.upload, session.photo.prompts(session.classes))
+    assert torch.equal(saved.features, shown.features)
+    assert saved.shown.keys() == shown.shown.keys()
+    for name, one in shown.shown.items():
+        other = saved.shown[name]
+        assert (sorted(one.points), sorted(one.boxes)) == (sorted(other.points), sorted(other.boxes))
+        assert (one.mask is None and other.mask is None) or torch.equal(one.mask, other.mask)
+
+
+def test_an_address_that_is_taken_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(app, ["serve", "--port", port, "--device", "cpu"])
+    assert result.exit_code == 2
+    assert f"--port {port} cannot be listened on" in result.stderr

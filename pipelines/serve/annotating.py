@@ -216,8 +216,8 @@ def _shape(mark: Mark, of: ShownClass, unit: float) -> str:
     (x, y), (x1, y1) = mark.path[0], mark.path[-1]
     if mark.tool == "box":
         frame = f'<rect x="{x:.1f}" y="{y:.1f}" width="{x1 - x:.1f}" height="{y1 - y:.1f}" fill="none" '
-        edge = f'{frame} stroke="black" stroke-width="{unit:.2f}"/>'
-        return f'<g>{title}{edge}{frame} stroke="{of.colour}" stroke-width="{0.6 * unit:.2f}"/></g>'
+        edge = f'{frame} stroke="black" stroke-width="{1.4 * unit:.2f}"/>'
+        return f'<g>{title}{edge}{frame} stroke="{of.colour}" stroke-width="{0.8 * unit:.2f}"/></g>'
     if mark.tool in ("inside", "outside"):
         arm = 0.9 * unit
         cross = f"M{x - arm:.1f},{y:.1f}h{2 * arm:.1f}"

@@ -1,5 +1,6 @@
 """The HTTP API: class sets from annotated photos, and photos segmented by them. OpenAPI at /api/openapi.json."""
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -187,9 +188,10 @@ def _routes(service: Service) -> APIRouter:
             "X-Queue-Seconds": str(times["queue_seconds"]),
         }
         if output == "png":
-            return Response(png(done.value.mask), media_type="image/png", headers=headers)
+            data = await asyncio.to_thread(png, done.value.mask)
+            return Response(data, media_type="image/png", headers=headers)
         classes = class_set.supports.classes
-        document = coco_document([(upload.name, done.value.mask, scores)], classes)
+        document = await asyncio.to_thread(coco_document, [(upload.name, done.value.mask, scores)], classes)
         document |= {"scores": dict(zip(classes, scores, strict=True))} | times
         return JSONResponse(SegmentedPhoto(**document).model_dump(), headers=headers)
 

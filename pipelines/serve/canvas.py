@@ -9,6 +9,7 @@ from pipelines.serve.annotating import Mark, Session, Tool
 TOOLS: dict[Tool, str] = {"inside": "Inside", "outside": "Outside", "box": "Box", "brush": "Brush", "eraser": "Eraser"}
 ARROWS = {"ArrowLeft": (-1, 0), "ArrowRight": (1, 0), "ArrowUp": (0, -1), "ArrowDown": (0, 1)}
 STEP = 0.02  # of the photo's longer side, that an arrow key moves the cursor
+MOST_MARKS, MOST_CORNERS = 500, 5000  # of a photo, of a stroke
 POINTER_EVENTS = ["pointerdown", "pointermove", "pointerup", "pointerleave", "pointercancel"]
 # Moves without a button pressed are of no use, and each would be a message.
 ONLY_DRAGS = "(e) => { if (e.mouse_event_type !== 'pointermove' || e.buttons) emit(e) }"
@@ -19,10 +20,10 @@ ONLY_KEYS = """(e) => {
 
 
 class Canvas:
-    """Draws the session's photo with its marks, and adds marks; `changed` is called after each."""
+    """Draws the session's photo with its marks, and adds marks; `tell` is for what cannot be done."""
 
-    def __init__(self, session: Session, changed: Callable[[], None], tell: Callable[[str], None]):
-        self._session, self._changed, self._tell = session, changed, tell
+    def __init__(self, session: Session, tell: Callable[[str], None]):
+        self._session, self._tell = session, tell
         self.tool: Tool = "inside"
         self.brush = 6.0  # percent of the photo's longer side
         self._path: list[tuple[float, float]] = []  # of the action under way
@@ -62,13 +63,13 @@ class Canvas:
         """The last action on this photo."""
         if (photo := self._session.photo) and photo.marks:
             photo.marks.pop()
-            self._done()
+            self.draw()
 
     def clear(self) -> None:
         """All actions on this photo."""
         if (photo := self._session.photo) and photo.marks:
             photo.marks.clear()
-            self._done()
+            self.draw()
 
     def _under_way(self) -> Mark | None:
         if not self._path:
@@ -93,7 +94,8 @@ class Canvas:
             self._path = []
             self.draw()
         elif self._path:
-            self._path.append(at)
+            if len(self._path) < MOST_CORNERS or self._tool_under_way == "box":
+                self._path[1 if self._tool_under_way == "box" else len(self._path) :] = [at]
             self.draw()
             if kind != "pointermove":
                 self._end()
@@ -101,6 +103,9 @@ class Canvas:
     def _begin(self, at: tuple[float, float], outside: bool) -> None:
         if self._session.chosen is None:
             self._tell("Add a class first: marks say where it is.")
+            return
+        if len(self._session.photo.marks) >= MOST_MARKS:
+            self._tell(f"There are {MOST_MARKS} marks on this photo, the most that are kept.")
             return
         self._tool_under_way = "outside" if outside and self.tool == "inside" else self.tool
         self._path = [at]
@@ -112,11 +117,7 @@ class Canvas:
     def _end(self) -> None:
         path, self._path = self._path, []
         self._session.photo.add(self._tool_under_way, self._session.chosen, path, self._width())
-        self._done()
-
-    def _done(self) -> None:
         self.draw()
-        self._changed()
 
     def _key(self, event) -> None:
         photo, key = self._session.photo, event.args["key"]

@@ -4,13 +4,15 @@ Nothing is loaded from elsewhere. Each open page is a `Page` with a session of i
 through the service's queue.
 """
 
+import asyncio
 import base64
 import io
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
+from typing import NamedTuple
 
 import numpy as np
 from fastapi import FastAPI
@@ -24,7 +26,7 @@ from pipelines.demo.scenes import CLASS_NAMES, PAIRS, draw_scene
 from pipelines.serve.annotating import AnnotatedPhoto, Session
 from pipelines.serve.canvas import TOOLS, Canvas
 from pipelines.serve.results import coco_document, png
-from pipelines.serve.service import MB, MOST_LEFT_OUT, ClassSet, Refused, Segmentation, Service, Timed, Upload
+from pipelines.serve.service import MB, ClassSet, Refused, Service, Timed, Upload
 
 PREVIEW = 1280  # pixels of the longer side of what is shown; marks and masks are of the photo's own size
 TOOL_KEYS = dict(zip("ioxbe", TOOLS, strict=True))
@@ -45,20 +47,26 @@ h1, h2 { font-weight: 600; margin: 0; line-height: 1.4 } h1 { font-size: 1.5rem 
 EXAMPLE_SEED, EXAMPLE_SIDE, EXAMPLE_SUPPORTS, EXAMPLE_QUERY = 7, 384, (27, 70), 102
 
 
+class Shown(NamedTuple):
+    """Of a segmented photo all that is shown and handed out; its mask is kept as PNG, which is far smaller."""
+
+    class_set: ClassSet
+    colours: tuple[tuple[int, int, int], ...]
+    scores: tuple[float, ...]
+    png: bytes
+    overlay: str  # data URL
+    seconds: float
+    queue_seconds: float
+    moved: list[float] | None  # share of each support; None where it is not known (yet)
+
+
 @dataclass
 class Query:
-    """A photo to segment, and what was found on it with which classes; `moved` is the share of each support."""
+    """A photo to segment, and what was found on it."""
 
     upload: Upload
     preview: str
-    done: Timed | None = None
-    names: tuple[str, ...] = ()
-    colours: tuple[tuple[int, int, int], ...] = ()
-    moved: list[float] | None = None
-
-    @property
-    def found(self) -> Segmentation:
-        return self.done.value
+    shown: Shown | None = None
 
 
 def add_page(app: FastAPI, service: Service) -> None:
@@ -85,7 +93,6 @@ class Page:
         self._service, self._session = service, Session()
         self._queries: list[Query] = []
         self._read: list[tuple[AnnotatedPhoto, tuple, Support]] = []  # supports by what they were read from
-        self._class_set: ClassSet | None = None
         self._busy = False
         ui.add_css(STYLE)
         ui.colors(primary="#1565c0")  # white on it is read well
@@ -151,7 +158,7 @@ class Page:
                 ui.label("Brush").classes("shrink-0")
                 size = ui.slider(min=1, max=30, value=6, on_change=self._brush_chosen)
                 size.props('label aria-label="Size of the brush in percent of the photo"')
-            self._canvas = Canvas(self._session, self._changed, self._warn)
+            self._canvas = Canvas(self._session, self._warn)
             with ui.row().classes("items-center justify-between w-full"):
                 ui.label("Shift or the right button marks a point outside.").classes("text-sm text-gray-700")
                 ui.button("Marks as COCO", icon="download", on_click=self._download_supports).props(
@@ -194,33 +201,32 @@ class Page:
     def _results(self) -> None:
         if not self._queries:
             ui.label("None yet.").classes("text-gray-700")
-        for number, query in enumerate(self._queries):
+        for query in self._queries:
             with ui.card().classes("w-full gap-2").props("flat bordered"):
                 ui.label(query.upload.name).classes("font-medium break-all")
                 mask, alt = "", escape(query.upload.name)
-                if query.done:
-                    overlay = _data_url(png(query.found.mask, query.colours, clear_background=True), "png")
-                    mask = f'<img class="mask" src="{overlay}" alt="Mask of {alt}">'
+                if query.shown:
+                    mask = f'<img class="mask" src="{query.shown.overlay}" alt="Mask of {alt}">'
                 image = (
                     f'<div class="stack {"masked" if mask else ""}"><img src="{query.preview}" alt="{alt}">{mask}</div>'
                 )
                 ui.html(image, sanitize=False).classes("w-full")
-                if query.done:
-                    self._about(number, query)
+                if query.shown:
+                    self._about(query, query.shown)
 
-    def _about(self, number: int, query: Query) -> None:
-        scores = zip(query.names, query.colours, query.found.scores, strict=True)
+    def _about(self, query: Query, shown: Shown) -> None:
+        supports = shown.class_set.supports
+        scores = zip(supports.classes, shown.colours, shown.scores, strict=True)
         legend = "".join(
             f'<li><span class="swatch" style="background:rgb{colour}"></span> {escape(name)} '
             f"{f'{score:.2f}' if score else '(not found)'}</li>"
             for name, colour, score in scores
         )
         ui.html(f'<ul style="display:flex;flex-wrap:wrap;gap:0 1rem">{legend}</ul>', sanitize=False)
-        ui.label(f"{query.done.seconds:.2f} s, after {query.done.queue_seconds:.2f} s in the queue").classes("text-sm")
-        names = [support.name for support in self._class_set.supports.supports] if self._class_set else []
-        if query.moved is not None and len(names) == len(query.moved):
+        ui.label(f"{shown.seconds:.2f} s, after {shown.queue_seconds:.2f} s in the queue").classes("text-sm")
+        if shown.moved is not None:
             ui.label("Without this support, so much of the result would be different:").classes("text-sm")
-            for name, share in zip(names, query.moved, strict=True):
+            for name, share in zip([support.name for support in supports.supports], shown.moved, strict=True):
                 with ui.row().classes("items-center w-full no-wrap gap-2 text-sm"):
                     ui.label(name).classes("truncate w-32 shrink-0")
                     bar = ui.linear_progress(share, show_value=False, size="10px").classes("grow")
@@ -318,7 +324,6 @@ class Page:
             self._session.remove_photo()
             self._thumbnails.refresh()
             self._canvas.show()
-            self._changed()
 
     def _remove_queries(self) -> None:
         self._queries.clear()
@@ -333,21 +338,24 @@ class Page:
     def _changed_classes(self) -> None:
         self._class_list.refresh()
         self._canvas.draw()
-        self._changed()
-
-    def _changed(self) -> None:
-        """Results are no longer those of the marks."""
-        self._class_set = None
 
     async def _segment(self) -> None:
-        if not self._busy:  # a second press while the first runs
-            self._busy = True
-            self._button.props("loading")
-            try:
-                await self._told(self._segment_all())
-            finally:
-                self._busy = False
-                self._button.props(remove="loading")
+        await self._alone(self._segment_all)
+
+    async def _example(self) -> None:
+        await self._alone(self._show_example)
+
+    async def _alone(self, do: Callable[[], Awaitable[None]]) -> None:
+        """Not while the same is being done: people press buttons twice."""
+        if self._busy:
+            return
+        self._busy = True
+        self._button.props("loading")
+        try:
+            await self._told(do())
+        finally:
+            self._busy = False
+            self._button.props(remove="loading")
 
     async def _segment_all(self) -> None:
         names, marked = self._session.shown()
@@ -357,17 +365,18 @@ class Page:
         if not self._queries:
             self._warn("Add a photo to segment.")
             return
-        colours = {one.name: one.rgb for one in self._session.classes}
+        rgb = {one.name: one.rgb for one in self._session.classes}
         shown = [(photo, tuple(photo.marks), prompts) for photo, prompts in marked]
-        self._class_set = class_set = (await self._service.queue.run(self._learn, names, shown)).value
+        class_set = (await self._service.queue.run(self._learn, names, shown)).value
+        colours = tuple(rgb[name] for name in class_set.supports.classes)
+        for query in self._queries:  # all results are of the same marks
+            query.shown = None
         for query in list(self._queries):
-            query.done = await self._service.queue.run(self._service.segment, class_set, query.upload)
-            query.names, query.moved = class_set.supports.classes, None
-            query.colours = tuple(colours[name] for name in query.names)
+            done = await self._service.queue.run(self._service.segment, class_set, query.upload)
+            query.shown = await asyncio.to_thread(_shown, class_set, done, colours)
             self._results.refresh()
-        if len(shown) <= MOST_LEFT_OUT:
-            for query in list(self._queries):
-                query.moved = (await self._service.queue.run(self._service.moved, class_set, query.found)).value
+            moved = (await self._service.queue.run(self._service.moved, class_set, done.value)).value
+            query.shown = query.shown._replace(moved=moved)
             self._results.refresh()
 
     def _learn(self, names: list[str], shown: list) -> ClassSet:
@@ -380,13 +389,9 @@ class Page:
         self._read = read
         return self._service.learn([support for _, _, support in read], names)
 
-    async def _example(self) -> None:
-        await self._told(self._show_example())
-
     async def _show_example(self) -> None:
         self._session.clear()
         self._queries.clear()
-        self._class_set = None
         scenes = [
             draw_scene(EXAMPLE_SEED, "val2017", n, (EXAMPLE_SIDE,) * 2) for n in (*EXAMPLE_SUPPORTS, EXAMPLE_QUERY)
         ]
@@ -402,18 +407,17 @@ class Page:
         self._colour.value = self._session.next_colour
         await self._query_came(uploads[-1])
         self._changed_classes()
-        await self._segment()
+        await self._segment_all()
 
     def _download_mask(self, query: Query) -> None:
-        ui.download.content(png(query.found.mask, query.colours), f"{query.upload.name}.mask.png")
+        ui.download.content(query.shown.png, f"{query.upload.name}.mask.png")
 
-    def _download_results(self) -> None:
-        done = [query for query in self._queries if query.done]
-        if not done:
+    async def _download_results(self) -> None:
+        done = [(query.upload.name, query.shown) for query in self._queries if query.shown]
+        if done:
+            ui.download.content(await asyncio.to_thread(_coco_of, done), "masks.json")
+        else:
             self._warn("Nothing is segmented yet.")
-            return
-        photos = [(query.upload.name, query.found.mask, query.found.scores) for query in done]
-        ui.download.content(json.dumps(coco_document(photos, done[0].names)), "masks.json")
 
     def _download_supports(self) -> None:
         if not self._session.shown()[1]:
@@ -448,6 +452,19 @@ class Page:
 
     def _warn(self, message: str) -> None:
         ui.notify(message, type="warning", multi_line=True, timeout=8000, close_button="OK")
+
+
+def _shown(class_set: ClassSet, done: Timed, colours: Sequence[tuple[int, int, int]]) -> Shown:
+    mask, scores, _ = done.value
+    step = -(-max(mask.shape) // PREVIEW)  # what is laid over the preview need not be larger than that
+    overlay = _data_url(png(mask[::step, ::step], colours, clear_background=True), "png")
+    found = tuple(map(float, scores))
+    return Shown(class_set, colours, found, png(mask, colours), overlay, done.seconds, done.queue_seconds, None)
+
+
+def _coco_of(done: Sequence[tuple[str, Shown]]) -> str:
+    photos = ((name, np.asarray(Image.open(io.BytesIO(shown.png))), shown.scores) for name, shown in done)
+    return json.dumps(coco_document(photos, done[0][1].class_set.supports.classes))
 
 
 def _section(title: str) -> ui.card:

@@ -1,7 +1,7 @@
 """Results and annotations as files: one COCO document, PNG with the user's colours."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from pycocotools import mask as rle_tools
@@ -11,7 +11,7 @@ from pipelines.mask_files import coco_results, indexed, palette
 Colour = tuple[int, int, int]  # RGB
 
 
-def coco_document(photos: Sequence[tuple[str, np.ndarray, Sequence[float]]], classes: Sequence[str]) -> dict:
+def coco_document(photos: Iterable[tuple[str, np.ndarray, Sequence[float]]], classes: Sequence[str]) -> dict:
     """COCO instances of (name, mask (H, W), scores (N,)) of each photo; category i + 1 is `classes[i]`."""
     images, annotations = [], []
     for image_id, (name, mask, scores) in enumerate(photos, 1):

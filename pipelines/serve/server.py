@@ -28,6 +28,7 @@ def serve(config: ServeConfig, ready: Callable[[str], None]) -> None:
         raise InputError(
             f"serve needs the package {error.name}, which is not installed: pip install 'label-anything[serve]'."
         ) from error
+    listening = _listen(config.host, config.port)
     # NiceGUI looks through all objects for its server, and so touches what torch means to drop.
     warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op", category=FutureWarning)
     service = Service(config)
@@ -35,7 +36,6 @@ def serve(config: ServeConfig, ready: Callable[[str], None]) -> None:
     add_page(app, service)
     if _is_local(config.host):  # another site's name for this machine is none of ours
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, config.host])
-    listening = _listen(config.host, config.port)
     port = listening.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -264,3 +266,11 @@ def opened_beside(page, address: str):
     other.goto(address)
     yield other
     other.close()
+
+
+def test_another_sites_name_for_this_machine_is_refused(address):
+    """Else a page of that site could read what this one holds (DNS rebinding)."""
+    request = urllib.request.Request(address, headers={"Host": "elsewhere.example"})
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request, timeout=20)
+    assert urllib.request.urlopen(f"{address}/api/openapi.json", timeout=20).status == 200
