@@ -1,9 +1,15 @@
 """Speed as a ratio, both sides measured in one run."""
 
+import json
 import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from commands.common import (
     WORKSPACE,
@@ -24,6 +30,7 @@ from commands.common import (
     mistakes,
     of_recipe,
 )
+from la.errors import InputError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
@@ -41,7 +48,7 @@ def bench_featurize(
     with mistakes():
         from pipelines.bench import bench_featurize as run
 
-        show_bench(run(coco_dir, backbone, weights, image_size, images=images, repeats=repeats))
+        show([run(coco_dir, backbone, weights, image_size, images=images, repeats=repeats)])
 
 
 @app.command("store")
@@ -59,10 +66,10 @@ def bench_store(
         from pipelines.workspace import Workspace
 
         path = plain_store(Workspace(workspace), store)
-        show_bench(run(path, images=images, repeats=repeats))
+        results = [run(path, images=images, repeats=repeats)]
         if small := int8_beside(path):
-            for result in bench_int8(path, small, images=images, repeats=repeats):
-                show_bench(result)
+            results += bench_int8(path, small, images=images, repeats=repeats)
+        show(results)
 
 
 @app.command("episodes")
@@ -77,7 +84,7 @@ def bench_episodes(
         from pipelines.bench import bench_episodes as run
         from pipelines.workspace import Workspace
 
-        show_bench(run(Workspace(workspace).find_store(store), fold, repeats=repeats))
+        show([run(Workspace(workspace).find_store(store), fold, repeats=repeats)])
 
 
 @app.command("model")
@@ -98,11 +105,7 @@ def bench_model(
 
         if threads:
             torch.set_num_threads(threads)
-        results = run(Workspace(workspace).find_store(store), preset, repeats)
-        for result in results:
-            console.print(str(result), highlight=False, markup=False)
-        if not all(result.passed for result in results):
-            raise typer.Exit(1)
+        show(run(Workspace(workspace).find_store(store), preset, repeats))
 
 
 @app.command("evaluate")
@@ -123,7 +126,7 @@ def bench_evaluate(
 
         if threads:
             torch.set_num_threads(threads)
-        show_bench(run(Workspace(workspace).find_store(store), preset, count, repeats))
+        show([run(Workspace(workspace).find_store(store), preset, count, repeats)])
 
 
 @app.command("training")
@@ -142,11 +145,7 @@ def bench_training(
         from pipelines.config import default_recipe
 
         batches = of_recipe(default_recipe(preset), batch_scale)["batches"]
-        results = run(workspace.absolute(), preset, batches, steps, repeats, store, device)
-        for result in results:
-            console.print(str(result), highlight=False, markup=False)
-        if not all(result.passed for result in results):
-            raise typer.Exit(1)
+        show(run(workspace.absolute(), preset, batches, steps, repeats, store, device))
 
 
 @app.command("scale")
@@ -158,12 +157,7 @@ def bench_scale(
     with mistakes():
         from pipelines.bench_scale import bench_scale as run
 
-        results = []
-        for result in run(images, count):
-            console.print(str(result), highlight=False, markup=False)
-            results.append(result)
-        if not all(result.passed for result in results):
-            raise typer.Exit(1)
+        show(run(images, count))
 
 
 @app.command("predict")
@@ -186,11 +180,7 @@ def bench_predict(
 
         if threads:
             torch.set_num_threads(threads)
-        results = run(tuple(preset.split(",")), backbone, image_size, ways, shots, repeats)
-        for result in results:
-            console.print(str(result), highlight=False, markup=False)
-        if not all(result.passed for result in results):
-            raise typer.Exit(1)
+        show(run(tuple(preset.split(",")), backbone, image_size, ways, shots, repeats))
 
 
 @app.command("sweep")
@@ -204,11 +194,71 @@ def bench_sweep(
         from pipelines.workspace import Workspace
         from sweeps.bench import bench_sweep as run
 
-        show_bench(run(Workspace(workspace).find_store(store), trials))
+        show([run(Workspace(workspace).find_store(store), trials)])
 
 
-def show_bench(result) -> None:
-    """Print a measurement; exit code 1 where it misses its bar."""
-    console.print(str(result), highlight=False, markup=False)
-    if not result.passed:
+@app.command("all")
+def bench_all(
+    coco_dir: Annotated[
+        Path | None, typer.Option(help="The photos of the store, to measure featurizing as well.")
+    ] = None,
+    weights: WeightsOption = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file; default: artifacts/bench.json in the workspace.")] = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    store: StoreOption = None,
+) -> None:
+    """Every measurement but `scale` in one table, with the machine: a quarter of an hour. A JSON file keeps it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    with mistakes():
+        from pipelines import bench, bench_model, bench_predict, bench_training
+        from pipelines.store import FeatureStore
+        from pipelines.workspace import Workspace, write_text
+        from sweeps.bench import bench_sweep
+
+        root = Workspace(workspace)
+        path = root.find_store(store)
+        info = FeatureStore(path).info
+        vit, size = info.backbone, info.image_size
+        batches = of_recipe("small", 0.5)["batches"]
+        runs = {
+            "store": lambda: [bench.bench_store(path)],
+            "episodes": lambda: [bench.bench_episodes(path)],
+            "model": lambda: bench_model.bench_model(path),
+            "evaluate": lambda: [bench.bench_evaluate(path)],
+            "training": lambda: bench_training.bench_training(root.root, batches=batches, store=path.name),
+            "sweep": lambda: [bench_sweep(path)],
+            "predict": lambda: bench_predict.bench_predict(backbone=vit, image_size=size),
+        }
+        if coco_dir:
+            runs = {"featurize": lambda: [bench.bench_featurize(coco_dir, vit, weights, size)]} | runs
+        about = bench.machine()
+        table = Table("measurement", "ratio", "bar", "", title="Speed, each ratio measured in one run")
+        kept: dict[str, list] = {}
+        for name, run in runs.items():
+            with console.status(name):
+                try:
+                    results = list(run())
+                except InputError as error:  # the others are worth having
+                    table.add_row(name, "-", "-", f"not run: {error}")
+                    continue
+            kept[name] = [asdict(result) | {"passed": result.passed} for result in results]
+            for result in results:
+                verdict = "passed" if result.passed else "FAILED"
+                table.add_row(result.name, f"{result.ratio:.3f}", f"{result.sense} {result.bar:g}", verdict)
+        console.print(table)
+        console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+        file = out or root.artifacts / "bench.json"
+        write_text(file, json.dumps({"machine": about, "at": time.strftime("%FT%T%z"), "results": kept}, indent=1))
+        console.print(f"figures: {file}", highlight=False, soft_wrap=True)
+        if not all(result["passed"] for results in kept.values() for result in results):
+            raise typer.Exit(1)
+
+
+def show(results: Iterable) -> None:
+    """Print measurements as they come; exit code 1 where one misses its bar."""
+    passed = True
+    for result in results:
+        console.print(str(result), highlight=False, markup=False)
+        passed &= result.passed
+    if not passed:
         raise typer.Exit(1)

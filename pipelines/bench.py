@@ -1,5 +1,9 @@
 """Speed as a ratio of two ways measured in turn in one run, so that the machine and its load cancel out."""
 
+import importlib.metadata
+import os
+import platform
+import re
 import statistics
 import tempfile
 import time
@@ -8,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from la.backbone import read_photo
@@ -45,6 +50,21 @@ class BenchResult:
         told = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.details.items())
         verdict = "passed" if self.passed else "FAILED"
         return f"{self.name}: ratio {self.ratio:.3f}, bar {self.sense} {self.bar:g}: {verdict} ({told})"
+
+
+def machine() -> dict[str, str | int | float]:
+    """What the figures were measured on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": os.cpu_count() or 1,
+        "memory GB": round(psutil.virtual_memory().total / 1e9, 1),
+        "gpus": ", ".join(gpus) or "none",
+        "system": platform.platform(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "ray", "pyarrow", "timm")},
+    }
 
 
 def bench_store(store_path: Path, images: int = 300, repeats: int = 5) -> BenchResult:
