@@ -134,6 +134,15 @@ def test_a_deleted_class_set_is_gone(client, scenes):
         assert (answer.status_code, answer.json()["code"]) == (404, "no_such_class_set")
 
 
+def test_other_paths_and_methods_of_the_api_are_told_as_problems(client):
+    answer = client.get("/api/nothing")
+    assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+    answer = client.put("/api/class-sets")
+    assert (answer.status_code, answer.json()["code"], answer.headers["allow"]) == (405, "method_not_allowed", "POST")
+    answer = client.post("/api/class-sets/x")
+    assert answer.headers["allow"] == "DELETE, GET"
+
+
 def huge_png() -> bytes:
     """A PNG whose header says 50,000 x 50,000 and that has few bytes."""
 

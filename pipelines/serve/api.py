@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, File, Form, Request, Response, UploadFile
@@ -10,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, Json
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from la.errors import InputError
@@ -118,7 +120,9 @@ def build_api(service: Service) -> FastAPI:
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
     )
-    app.include_router(_routes(service))
+    router = _routes(service)
+    app.include_router(router)
+    app.mount("/api", partial(_nothing_there, router))  # else the page, which is at /, would answer with a page
     for kind in (InputError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
     app.add_middleware(RequestLimit, max_bytes=service.config.max_request_mb * MB)
@@ -232,6 +236,13 @@ def _summary(number: str, class_set: ClassSet, seconds: float = 0.0, queue_secon
         seconds=round(seconds, 4),
         queue_seconds=round(queue_seconds, 4),
     )
+
+
+async def _nothing_there(router: APIRouter, scope: Scope, receive: Receive, send: Send) -> None:
+    """ASGI: of paths that are none of the API's, and of methods that a path does not have."""
+    matches = ((route, route.matches(scope | {"root_path": ""})[0]) for route in router.routes)
+    allowed = sorted({method for route, match in matches if match is Match.PARTIAL for method in route.methods})
+    raise HTTPException(405, headers={"Allow": ", ".join(allowed)}) if allowed else HTTPException(404)
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:

@@ -43,6 +43,9 @@ h1, h2 { font-weight: 600; margin: 0; line-height: 1.4 } h1 { font-size: 1.5rem 
 .q-uploader__subtitle { display: none }
 .q-uploader { width: 100%; max-height: 12rem } .q-uploader__list { display: none }
 """
+# Quasar gives the button that opens the file dialogue no name.
+NAME_UPLOADS = """document.querySelectorAll('.q-uploader').forEach(
+    (u) => u.querySelector('a')?.setAttribute('aria-label', u.getAttribute('aria-label')))"""
 # Drawn scenes of which two photos show a class each, by a box and by points, and the third shows both.
 EXAMPLE_SEED, EXAMPLE_SIDE, EXAMPLE_SUPPORTS, EXAMPLE_QUERY = 7, 384, (27, 70), 102
 
@@ -81,6 +84,7 @@ def add_page(app: FastAPI, service: Service) -> None:
             return
         open_pages.add(client.id)
         client.on_delete(lambda: open_pages.discard(client.id))
+        client.on_connect(lambda: client.run_javascript(NAME_UPLOADS))
         Page(service)
 
     ui.run_with(app, title="Label Anything", show_welcome_message=False, reconnect_timeout=30.0)

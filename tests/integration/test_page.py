@@ -209,6 +209,8 @@ def test_the_example_is_one_click_away_and_fits_the_screen(address, width):
 def test_the_page_is_used_by_keyboard_alone(address, tmp_path):
     support, query = files_of(tmp_path, 27, 102)
     with opened(address) as page:
+        for name in ("Add support photos", "Add photos to segment"):
+            page.locator(f'a[aria-label="{name}"][tabindex="0"]').wait_for()
         page.get_by_label("Name of a class").focus()
         page.keyboard.type("thing")
         page.keyboard.press("Enter")
