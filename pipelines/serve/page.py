@@ -8,6 +8,7 @@ import asyncio
 import base64
 import io
 import json
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -98,6 +99,10 @@ class Page:
         self._queries: list[Query] = []
         self._read: list[tuple[AnnotatedPhoto, tuple, Support]] = []  # supports by what they were read from
         self._busy = False
+        # Of this page alone: `refreshable_method` would keep every page there ever was.
+        self._class_list = ui.refreshable(self._draw_class_list)
+        self._thumbnails = ui.refreshable(self._draw_thumbnails)
+        self._results = ui.refreshable(self._draw_results)
         ui.add_css(STYLE)
         ui.colors(primary="#1565c0")  # white on it is read well
         with ui.column().classes("w-full max-w-6xl mx-auto p-2 gap-4"):
@@ -129,8 +134,7 @@ class Page:
                 ui.button("Add class", on_click=self._add_class).props("no-caps")
             self._class_list()
 
-    @ui.refreshable_method
-    def _class_list(self) -> None:
+    def _draw_class_list(self) -> None:
         if not self._session.classes:
             ui.label("None yet. Marks are for the class that is chosen here.").classes("text-gray-700")
         with ui.row().classes("gap-2").props('role=group aria-label="Class that marks are for"'):
@@ -147,7 +151,7 @@ class Page:
 
     def _supports_part(self) -> None:
         with _section("2. Support photos"):
-            self._upload("Drop support photos here, or press +", self._support_came, "Add support photos")
+            self._upload("Drop support photos here, or press +", Page._support_came, "Add support photos")
             self._thumbnails()
             with ui.row().classes("items-center gap-2 w-full"):
                 self._tool = ui.toggle(TOOLS, value="inside", on_change=self._tool_chosen)
@@ -169,8 +173,7 @@ class Page:
                     "flat no-caps dense"
                 )
 
-    @ui.refreshable_method
-    def _thumbnails(self) -> None:
+    def _draw_thumbnails(self) -> None:
         with ui.row().classes("gap-2"):
             for at, photo in enumerate(self._session.photos):
                 chosen = at == self._session.at
@@ -182,7 +185,7 @@ class Page:
 
     def _queries_part(self) -> None:
         with _section("3. Photos to segment"):
-            self._upload("Drop photos to segment here, or press +", self._query_came, "Add photos to segment")
+            self._upload("Drop photos to segment here, or press +", Page._query_came, "Add photos to segment")
             with ui.row().classes("items-center w-full gap-2"):
                 self._button = ui.button("Segment", icon="play_arrow", on_click=self._segment).props("no-caps")
                 _download("COCO JSON", self._download_results)
@@ -201,8 +204,7 @@ class Page:
             ui.label("1 to 9: class. I, O, X, B, E: inside, outside, box, brush, eraser. Z: undo. S: segment.")
             ui.label("On the support photo: arrows move a cursor, Enter uses the tool there (a box: at two corners).")
 
-    @ui.refreshable_method
-    def _results(self) -> None:
+    def _draw_results(self) -> None:
         if not self._queries:
             ui.label("None yet.").classes("text-gray-700")
         for query in self._queries:
@@ -241,12 +243,17 @@ class Page:
         )
         button.props["aria-label"] = f"Download the mask of {query.upload.name} as PNG"
 
-    def _upload(self, label: str, came: Callable[[Upload], Awaitable[None]], name: str) -> None:
+    def _upload(self, label: str, came: Callable[["Page", Upload], Awaitable[None]], name: str) -> None:
+        page = weakref.ref(self)  # FastAPI's caches keep the routes of uploads, and these what they call
+
         async def handle(event: events.UploadEventArguments) -> None:
+            if (mine := page()) is None:
+                return
             with ui.context.client:
-                await self._told(self._receive(event, came))
+                await mine._told(mine._receive(event, partial(came, mine)))
 
         config = self._service.config
+        rejected = f"At most {config.max_photos} photos of {config.max_photo_mb} MB are taken; JPEG, PNG, WebP or BMP."
         upload = ui.upload(
             multiple=True,
             auto_upload=True,
@@ -254,9 +261,7 @@ class Page:
             max_file_size=config.max_photo_mb * MB,
             max_files=config.max_photos,
             on_upload=handle,
-            on_rejected=lambda: self._warn(
-                f"At most {config.max_photos} photos of {config.max_photo_mb} MB are taken; JPEG, PNG, WebP or BMP."
-            ),
+            on_rejected=partial(Page._warn, rejected),
         )
         upload.props('flat bordered accept=".jpg,.jpeg,.png,.webp,.bmp" color=blue-grey-8')
         upload.props["aria-label"] = name
@@ -454,7 +459,8 @@ class Page:
         except InputError as error:
             self._warn(str(error))
 
-    def _warn(self, message: str) -> None:
+    @staticmethod
+    def _warn(message: str) -> None:
         ui.notify(message, type="warning", multi_line=True, timeout=8000, close_button="OK")
 
 

@@ -153,7 +153,7 @@ def test_marks_of_every_tool_give_the_predictors_mask_to_the_pixel(address, tmp_
 
         upload(page, "Add photos to segment", query)
         page.get_by_role("img", name="photo 102.png", exact=True).wait_for()
-        page.get_by_role("button", name="Segment").click()
+        page.get_by_role("button", name="Segment", exact=True).click()
         page.locator("img.mask").wait_for()
         page.get_by_text("Without this support").wait_for()
         assert page.get_by_text(re.compile(r"\d\.\d\d s, after \d+\.\d\d s in the queue")).count() == 1
@@ -249,7 +249,7 @@ def test_photos_that_are_none_are_told_and_the_page_goes_on(address, tmp_path):
         page.get_by_role("button", name="Mark photo 3.png").wait_for(state="detached")
         upload(page, "Add support photos", good[3])
         page.get_by_role("button", name="Mark photo 4.png").wait_for()
-        page.get_by_role("button", name="Segment").click()
+        page.get_by_role("button", name="Segment", exact=True).click()
         page.get_by_text("Nothing is marked yet").wait_for()
 
 
