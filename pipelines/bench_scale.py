@@ -18,9 +18,8 @@ from pipelines.bench import BenchResult, in_turn
 from pipelines.cluster import CODE
 from pipelines.config import TrainConfig
 from pipelines.episodes import EpisodeShards, ensure_episodes, training_plan
-from pipelines.featurize import plan_shards
-from pipelines.shards import ShardNote, StoreSettings, shard_file, write_shard
-from pipelines.store import FeatureStore, SplitInfo, StoreInfo, finish_store, read_info
+from pipelines.made_up import ellipse, made_up_features
+from pipelines.store import FeatureStore, read_info
 
 READ_AT_ONCE = 8  # images of a batch
 OBJECTS = 7  # on each image of a made-up store, about as many as in COCO
@@ -84,57 +83,18 @@ def large_store(root: Path, images: int) -> Path:
     A tenth of the images are the val split. Objects take their masks from a thousand drawn once.
     """
     generator = np.random.default_rng(0)
-    settings = StoreSettings(
-        annotations={}, backbone="none", weights="none", image_size=16, preprocessing={}, layer="none"
-    )
-    path = root / "features" / settings.key
     counts = {"train": images - images // 10, "val": images // 10}
     masks = [_mask(generator) for _ in range(1000)]
-    datasets, checksums, first = {}, {}, 1
+    datasets, first = {}, 1
     for split, count in counts.items():
         datasets[split] = _dataset(split, range(first, first + count), masks, generator)
         first += count
-        shards = plan_shards(path, {split: datasets[split]}, {split: path}, None)
-        for shard in shards:
-            note = ShardNote(
-                key=settings.key,
-                split=split,
-                number=shard.number,
-                image_ids=[image.id for image in shard.images],
-                skipped={},
-                weights_digest="none",
-                patch_size=8,
-                channels=2,
-                grid=(2, 2),
-            )
-            features = generator.normal(size=(len(shard.images), 2, 2, 2)).astype(np.float16)
-            made = write_shard(shard.file, settings, note, zip(shard.images, features, strict=True))
-            checksums[shard_file(split, shard.number)] = made.features_sha256
-    info = StoreInfo(
-        key=settings.key,
-        settings=settings,
-        weights_digest="none",
-        patch_size=8,
-        channels=2,
-        grid=(2, 2),
-        splits={
-            s: SplitInfo(name=s, images=len(d.images), annotations=OBJECTS * len(d.images), skipped={})
-            for s, d in datasets.items()
-        },
-        shards=checksums,
-        coco_dir="",
-        software={},
-    )
-    finish_store(path, info, datasets)
-    return path
+    return made_up_features(root, datasets, lambda _: generator.normal(size=(2, 2, 2)).astype(np.float16), patch_size=8)
 
 
 def _mask(generator: np.random.Generator) -> tuple[int, tuple[float, float, float, float], bytes]:
     """(area, box, run lengths) of an ellipse, on a photo of SIDE pixels a side."""
-    radii = generator.uniform(SIDE / 40, SIDE / 4, 2)
-    centre = generator.uniform(radii, SIDE - radii)
-    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    outline = centre + radii * np.stack((np.cos(angles), np.sin(angles)), 1)
+    outline = ellipse(generator, (SIDE / 40, SIDE / 4), SIDE, SIDE)
     (rle,) = rle_tools.frPyObjects([outline.ravel().tolist()], SIDE, SIDE)
     x, y, w, h = (float(v) for v in rle_tools.toBbox(rle))
     return int(rle_tools.area(rle)), (x, y, x + w, y + h), rle["counts"]

@@ -25,8 +25,8 @@ from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
 from pipelines.episodes import ensure_episodes, training_plan
 from pipelines.evaluate import evaluate
 from pipelines.featurize import featurize
-from pipelines.shards import ShardNote, StoreSettings, shard_file, write_shard
-from pipelines.store import FeatureStore, SplitInfo, StoreInfo, finish_store
+from pipelines.made_up import ellipse, made_up_features
+from pipelines.store import FeatureStore
 from pipelines.training import Worker, run_dir_of, train_loop
 from pipelines.workspace import Workspace
 
@@ -89,50 +89,19 @@ def made_up_store(folder: Path, backbone: str, image_size: int) -> Path:
     grid, channels = feature_shape(backbone, image_size)
     rng = np.random.default_rng(0)
     features = rng.standard_normal((*grid, channels), np.float32).astype(np.float16)
-    settings = StoreSettings(
-        annotations={split: "made up" for split in PHOTOS},
-        backbone=backbone,
-        weights="made up",
-        image_size=image_size,
-        preprocessing={},
-        layer="made up",
-    )
-    workspace = folder / "made-up"
-    store = Workspace(workspace).features / settings.key
-    about, shards, datasets = {}, {}, {}
+    datasets = {}
     for split, count in PHOTOS.items():
         _write_coco(folder / "made-up-coco", split, count, rng)
-        dataset = load_coco(_annotation_file(folder / "made-up-coco", split), None, split)
-        datasets[split] = dataset
-        note = ShardNote(
-            key=settings.key,
-            split=split,
-            number=0,
-            image_ids=list(dataset.images),
-            skipped={},
-            weights_digest="made up",
-            patch_size=image_size // grid[0],
-            channels=channels,
-            grid=grid,
-        )
-        rows = ((image, np.roll(features, n, 0)) for n, image in enumerate(dataset.images.values()))
-        file = shard_file(split, 0)
-        shards[file] = write_shard(store / file, settings, note, rows).features_sha256
-        annotations = sum(map(len, dataset.annotations.values()))
-        about[split] = SplitInfo(name=split, images=count, annotations=annotations, skipped={})
-    info = StoreInfo(
-        key=settings.key,
-        settings=settings,
-        weights_digest="made up",
+        datasets[split] = load_coco(_annotation_file(folder / "made-up-coco", split), None, split)
+    workspace = folder / "made-up"
+    made_up_features(
+        workspace,
+        datasets,
+        lambda image: np.roll(features, image.id, 0),
         patch_size=image_size // grid[0],
-        channels=channels,
-        grid=grid,
-        splits=about,
-        shards=shards,
-        coco_dir="made up",
-        software={},
+        backbone=backbone,
+        shard_size=max(PHOTOS.values()),
     )
-    finish_store(store, info, datasets)
     return workspace
 
 
@@ -261,10 +230,7 @@ def _write_coco(coco: Path, split: str, count: int, rng: np.random.Generator) ->
 
 
 def _ellipse(image: dict, category: int, number: int, rng: np.random.Generator) -> dict:
-    radius = rng.uniform(25, 110, 2)  # pixels
-    centre = rng.uniform(radius, np.array([WIDTH, HEIGHT]) - radius)
-    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    corners = centre + radius * np.stack([np.cos(angles), np.sin(angles)], 1)
-    box = [*(centre - radius), *(2 * radius)]
+    corners = ellipse(rng, (25, 110), WIDTH, HEIGHT)
+    box = [*corners.min(0), *np.ptp(corners, 0)]
     shape = {"segmentation": [corners.round(2).flatten().tolist()], "bbox": [round(float(v), 2) for v in box]}
     return shape | {"id": number, "image_id": image["id"], "category_id": category, "iscrowd": 0}

@@ -18,8 +18,8 @@ from la.errors import InputError, TooFewImages
 from pipelines.batches import BatchBuilder
 from pipelines.config import TrialPlacement
 from pipelines.episodes import Plan, pool_of
-from pipelines.shards import ShardNote, StoreSettings, shard_file, write_shard
-from pipelines.store import FeatureStore, SplitInfo, StoreInfo, finish_store
+from pipelines.made_up import made_up_features
+from pipelines.store import FeatureStore
 from pipelines.tracking import Tracker, TrackingError
 from pipelines.workspace import Workspace, locked
 from sweeps.ablations import ABLATIONS, ablation_tables
@@ -309,39 +309,13 @@ def test_a_builder_ends_with_its_use_and_not_with_the_next_garbage_collection(tm
 
 def store_of_zeros(root, images):
     """A store of photos of 64 kB of features each, with one object on the first."""
-    settings = StoreSettings(annotations={}, backbone="x", weights="x", image_size=16, preprocessing={}, layer="x")
-    path = root / "features" / settings.key
     photos = {i: Image(i, f"{i}.jpg", 8, 8) for i in range(1, images + 1)}
-    note = ShardNote(
-        key=settings.key,
-        split="train",
-        number=0,
-        image_ids=list(photos),
-        skipped={},
-        weights_digest="",
-        patch_size=1,
-        channels=128,
-        grid=(16, 16),
-    )
-    rows = ((photo, np.zeros((16, 16, 128), np.float16)) for photo in photos.values())
-    checksum = write_shard(path / shard_file("train", 0), settings, note, rows).features_sha256
-    info = StoreInfo(
-        key=settings.key,
-        settings=settings,
-        weights_digest="",
-        patch_size=1,
-        channels=128,
-        grid=(16, 16),
-        splits={"train": SplitInfo(name="train", images=images, annotations=0, skipped={})},
-        shards={shard_file("train", 0): checksum},
-        coco_dir="",
-        software={},
-    )
     (rle,) = rle_tools.frPyObjects([[1.0, 1.0, 7.0, 1.0, 7.0, 7.0]], 8, 8)
     one = Annotation(1, 1, 1, False, 15, (1.0, 1.0, 7.0, 7.0), rle["counts"])
     annotations = {i: (one,) if i == 1 else () for i in photos}
-    finish_store(path, info, {"train": Dataset("train", photos, {c: f"class {c}" for c in range(1, 81)}, annotations)})
-    return path
+    dataset = Dataset("train", photos, {c: f"class {c}" for c in range(1, 81)}, annotations)
+    zeros = np.zeros((16, 16, 128), np.float16)
+    return made_up_features(root, {"train": dataset}, lambda _: zeros, patch_size=1, shard_size=images)
 
 
 @pytest.mark.parametrize("name", STUDIES)
