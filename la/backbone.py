@@ -52,7 +52,12 @@ def identify_weights(name: str, weights: Path | None) -> str:
 
 def read_photo(path: Path, image_size: int, expected: tuple[int, int] | None = None) -> torch.Tensor:
     """(3, S, S) uint8 RGB of a photo squashed to `image_size` pixels a side; raises as `decode_photo` does."""
-    squashed = decode_photo(path, expected).resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return squash(decode_photo(path, expected), image_size)
+
+
+def squash(rgb: Image.Image, image_size: int) -> torch.Tensor:
+    """(3, S, S) uint8 of an RGB photo squashed to a square, bicubic: what the backbone takes."""
+    squashed = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
 
 

@@ -106,8 +106,9 @@ class Matching(nn.Module):
                 self._add(seen, smooth, some)
             maps: list[Tensor] = []
             if self.prototypes:
-                maps += seen.cosines(query, seen.covered)
-                maps += seen.cosines(smooth, self._in_metric(seen.covered)) if self.metric is not None else []
+                prototypes = F.normalize(seen.covered, dim=-1)
+                maps += seen.cosines(query, prototypes)
+                maps += seen.cosines(smooth, self.metric(prototypes)) if self.metric is not None else []
             share = seen.cover[0] / seen.cover[1].clamp(min=1)
             if self.affinity:
                 maps += seen.odds()
@@ -121,8 +122,7 @@ class Matching(nn.Module):
         """(B, h, w, D) -> unit features (B, n, D)."""
         return F.normalize(features.to(self.completion.point.dtype), dim=-1).flatten(1, 2)
 
-    def _in_metric(self, features: Tensor) -> Tensor:
-        units = F.normalize(features, dim=-1)
+    def _in_metric(self, units: Tensor) -> Tensor:
         return units if self.metric is None else self.metric(units)
 
     def _add(self, seen: "_Sums", smooth: Tensor, supports: "Annotated") -> None:
@@ -170,8 +170,8 @@ class _Sums:
             self.read[number].index_add_(0, slot, (cosines / temperature).exp_() @ values)
 
     def cosines(self, query: Tensor, prototypes: Tensor) -> list[Tensor]:
-        """Unit query tokens (B, n, D), prototypes (2, B * C, D) -> of the class and of the rest, (B * C, n) each."""
-        ready = F.normalize(prototypes, dim=-1).unflatten(1, (-1, self.slots))
+        """Unit query tokens (B, n, D) and prototypes (2, B * C, D) -> of the class and the rest, (B * C, n) each."""
+        ready = prototypes.unflatten(1, (-1, self.slots))
         return list((query @ ready.transpose(2, 3)).transpose(2, 3).flatten(1, 2))
 
     def odds(self) -> list[Tensor]:

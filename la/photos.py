@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from la.backbone import PHOTO_FORMATS
@@ -37,12 +36,6 @@ def open_photo(photo: Photo) -> Image.Image:
             f"{name_of(photo)} cannot be decoded ({error!s:.160}); expected a whole JPEG, PNG, WebP "
             "or BMP. Save it anew, or leave it out."
         ) from error
-
-
-def squash(rgb: Image.Image, image_size: int) -> torch.Tensor:
-    """(3, S, S) uint8 of an RGB photo squashed to a square, bicubic: what the backbone takes."""
-    squashed = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
 
 
 def name_of(photo: Photo) -> str:

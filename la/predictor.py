@@ -11,15 +11,16 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from la.backbone import LAYER, Backbone
+from la.backbone import LAYER, Backbone, squash
 from la.checkpoint import Checkpoint, backbone_of, read_checkpoint
 from la.decoder import segment
 from la.device import pick_device
 from la.errors import InputError
 from la.learned import Learned, learn
-from la.photos import Photo, name_of, open_photo, squash
+from la.photos import Photo, name_of, open_photo
 from la.support_set import Shown, Support, SupportSet, differences, load_supports, merged, save_supports
 from la.user_prompts import ClassPrompts, Prompt, check_prompts, coverage
 
@@ -124,7 +125,7 @@ class Predictor:
         for start in range(0, len(images), PHOTOS_AT_ONCE):
             photos = [open_photo(image) for image in images[start : start + PHOTOS_AT_ONCE]]
             sizes = [(photo.height, photo.width) for photo in photos]
-            features = self.encode(photos)
+            features = self._encode(photos)
             for found, kept in zip(self.segment_features(features, sizes, learned), result, strict=True):
                 kept += found
         return result
@@ -147,7 +148,7 @@ class Predictor:
                 self._shown(prompts[at], (photo.height, photo.width), name)
                 for at, photo, name in zip(some, photos, names, strict=True)
             ]
-            features = self.encode(photos).cpu()
+            features = self._encode(photos).cpu()
             sizes = [(photo.height, photo.width) for photo in photos]
             supports += map(Support, names, sizes, features, shown)
         return SupportSet(tuple(supports), self.made_by, tuple(classes))
@@ -161,8 +162,9 @@ class Predictor:
 
     def encode(self, images: Sequence[Photo]) -> Tensor:
         """Photos -> (n, h, w, Dv) float16 features on the model's device, those of a feature store."""
-        photos = [squash(open_photo(image), self.backbone.image_size) for image in images]
-        return torch.cat([self.backbone.encode(torch.stack(some)) for some in _chunks(photos, PHOTOS_AT_ONCE)])
+        photos = [open_photo(image) for image in images]
+        chunks = (photos[start : start + PHOTOS_AT_ONCE] for start in range(0, len(photos), PHOTOS_AT_ONCE))
+        return torch.cat([self._encode(some) for some in chunks])
 
     def segment_features(
         self, features: Tensor, sizes: Sequence[tuple[int, int]], learned: Learned | None = None
@@ -178,6 +180,10 @@ class Predictor:
             result.masks.append(mask.cpu().numpy().astype(dtype))
             result.scores.append(scores.cpu().numpy())
         return result
+
+    def _encode(self, photos: Sequence[Image.Image]) -> Tensor:
+        """The same of at most PHOTOS_AT_ONCE photos that are opened."""
+        return self.backbone.encode(torch.stack([squash(photo, self.backbone.image_size) for photo in photos]))
 
     def _shown(self, prompts: PhotoPrompts, size: tuple[int, int], name: str) -> dict[str, Shown]:
         if not isinstance(prompts, Mapping) or not prompts:
@@ -212,7 +218,3 @@ def masks_and_scores(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Ten
     there = torch.zeros(len(logits), dtype=torch.bool, device=mask.device)
     there[mask.unique()] = True
     return mask, (scores * there)[1:]
-
-
-def _chunks(items: Sequence, size: int) -> list[Sequence]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
