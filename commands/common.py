@@ -127,11 +127,11 @@ def commas(values) -> str:
 
 def of_recipe(recipe: str, scale: float, **given) -> dict:
     """Fields of TrainConfig: the recipe, its batches times `scale`, and what is given in its place."""
-    from pipelines.config import PAPER_BATCHES, RECIPES
+    from pipelines.config import scaled_batches
 
-    batches = RECIPES[recipe].get("batches", PAPER_BATCHES)
-    scaled = tuple((max(1, round(scale * b)), n, k) for b, n, k in batches)
-    return {"recipe": recipe, "batches": scaled} | {name: value for name, value in given.items() if value is not None}
+    return {"recipe": recipe, "batches": scaled_batches(recipe, scale)} | {
+        name: value for name, value in given.items() if value is not None
+    }
 
 
 def numbers(text: str, flag: str) -> list[int]:

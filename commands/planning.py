@@ -1,6 +1,5 @@
 """What a study will cost, before it is run."""
 
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -107,6 +106,7 @@ def plan(
             say = partial(console.print, style="dim")
             show_comparison(rehearse(featurizing, training, photos, seconds, say))
         else:
+            from pipelines.bench import memory_gb
             from pipelines.capacity import Cluster, bytes_per_image, rates_of_steps, store_bytes
             from pipelines.probes import feature_shape, measure_featurizing, measure_reading
 
@@ -184,11 +184,6 @@ def told(what: str, measure: Callable):
     """What `measure` gives, with a line that says what is measured meanwhile."""
     with console.status(f"measuring {what} on this machine"):
         return measure()
-
-
-def memory_gb() -> float:
-    """Memory of this machine in 1e9 bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def show_plan(images, features, store, rate, jobs, folds, cluster, dtype) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 from la.backbone import read_photo
@@ -60,11 +59,23 @@ def machine() -> dict[str, str | int | float]:
     return {
         "cpu": models[0] if models else platform.machine(),
         "cores": os.cpu_count() or 1,
-        "memory GB": round(psutil.virtual_memory().total / 1e9, 1),
+        "memory GB": round(memory_gb(), 1),
         "gpus": ", ".join(gpus) or "none",
         "system": platform.platform(),
         **{name: importlib.metadata.version(name) for name in ("torch", "ray", "pyarrow", "timm")},
     }
+
+
+def memory_gb() -> float:
+    """Memory of this machine in 1e9 bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def workspace_beside(store: Path, folder: Path) -> Path:
+    """A workspace in `folder` with the features of a store, and none of the runs of its own workspace."""
+    (folder / "features").mkdir()
+    (folder / "features" / store.name).symlink_to(store.absolute())
+    return folder
 
 
 def bench_store(store_path: Path, images: int = 300, repeats: int = 5) -> BenchResult:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from la.errors import InputError
-from pipelines.bench import BenchResult
+from pipelines.bench import BenchResult, workspace_beside
 from pipelines.cluster import ray_session
 from pipelines.config import TrainConfig
 from pipelines.training import REPORT_EVERY, train
@@ -35,10 +35,9 @@ def bench_training(
 
         if ray.cluster_resources().get("CPU", 0) < 2:
             raise InputError("bench training runs two workers, but Ray has fewer than 2 CPUs here.")
-        root = _beside(Workspace(workspace), store, Path(folder))
         config = TrainConfig(
-            workspace=root,
-            store=store,
+            # of its own: `evaluate` would take its runs for trainings
+            workspace=workspace_beside(Workspace(workspace).find_store(store), Path(folder)),
             preset=preset,
             batches=batches,
             steps=WARM_UP + steps,
@@ -71,13 +70,6 @@ def bench_training(
             details=details,
         ),
     ]
-
-
-def _beside(workspace: Workspace, store: str | None, root: Path) -> Path:
-    """A workspace with the features of another, whose own runs `evaluate` would take for trainings."""
-    workspace.find_store(store)  # raises where there is none
-    (root / "features").symlink_to(workspace.features)
-    return root
 
 
 def _rate(config: TrainConfig) -> float:

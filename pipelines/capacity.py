@@ -6,9 +6,9 @@ Arithmetic alone: rates come from `pipelines.probes`, which measures them here, 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from la.errors import InputError
+from pipelines.config import StoredDtype
 
 Kind = tuple[int, int, int]  # (B, N, K) of a training batch on one worker
 Task = tuple[int, int]  # ways, shots
@@ -19,7 +19,7 @@ ROW_BYTES, ANNOTATION_BYTES = 465, 1480
 CACHE_SHARE = 0.8  # of a node's memory that the page cache gets at most; the rest is the workers'
 
 
-def bytes_per_image(grid: tuple[int, int], channels: int, dtype: Literal["float16", "int8"]) -> int:
+def bytes_per_image(grid: tuple[int, int], channels: int, dtype: StoredDtype) -> int:
     """Bytes of a photo's features in the store: two a value, or one a value and a float16 scale a token."""
     tokens = math.prod(grid)
     return tokens * channels * 2 if dtype == "float16" else tokens * (channels + 2)

@@ -11,6 +11,7 @@ from la.schedules import Schedule
 from pipelines.workspace import digest
 
 Prompt = Literal["mask", "point", "box", "point_box", "mixed"]
+StoredDtype = Literal["float16", "int8"]  # of features in a store; int8 has a scale per token
 # (B, N, K) of a training batch on one worker (section 5.2)
 PAPER_BATCHES = ((4, 1, 4), (2, 4, 2), (8, 1, 2), (4, 2, 2), (4, 4, 1), (16, 1, 1))
 OFFICIAL_BATCHES = ((2, 1, 4), (2, 4, 2), (2, 1, 2), (4, 2, 2), (4, 4, 1), (16, 1, 1))
@@ -45,6 +46,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+def scaled_batches(recipe: str, scale: float) -> tuple[tuple[int, int, int], ...]:
+    """The (B, N, K) of a recipe with `scale` times B, at least 1."""
+    batches = RECIPES[recipe].get("batches", PAPER_BATCHES)
+    return tuple((max(1, round(scale * b)), n, k) for b, n, k in batches)
+
+
 def default_recipe(preset: str | None) -> str:
     """The recipe of a preset where none is named."""
     return "hybrid" if preset == "hybrid" else "small"
@@ -69,7 +76,7 @@ class FeaturizeConfig(Settings):
     backbone: str = "vit_base_patch16_224.mae"  # any plain ViT of timm
     weights: Path | None = None  # .safetensors or .pth in timm's names; None: timm's own, from the hub
     image_size: int = Field(480, ge=1)  # pixels a side; a multiple of the patch
-    dtype: Literal["float16", "int8"] = "float16"  # of the stored features; int8 has a scale per token
+    dtype: StoredDtype = "float16"
     skip_bad: bool = False  # leave unreadable photos out instead of stopping
     # how; none of these changes the features
     features: str | None = None  # URI of a folder, s3:// for example, that shards are copied to and taken up from

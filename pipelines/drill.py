@@ -33,7 +33,6 @@ from pipelines.drill_ground import (
     processes,
     reported_step,
     reports_of,
-    run_dir_of,
     same,
     saved_step,
     small_disk,
@@ -42,6 +41,7 @@ from pipelines.drill_ground import (
 )
 from pipelines.drill_s3 import s3_server
 from pipelines.store import FeatureStore
+from pipelines.training import run_dir_of
 from pipelines.workspace import Workspace
 
 FAILING = 12  # requests that an S3 server answers with 500

@@ -21,6 +21,7 @@ from pipelines.cluster import CODE
 from pipelines.config import TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.store import FeatureStore, read_info
+from pipelines.training import run_dir_of
 from pipelines.workspace import Workspace
 
 T = TypeVar("T")
@@ -167,10 +168,6 @@ class Ground:
         ours, theirs = (Workspace(root).find_store() for root in (workspace, self.base))
         shards = read_info(ours).shards
         return shards == read_info(theirs).shards and list(FeatureStore(ours).verify()) == sorted(shards)
-
-
-def run_dir_of(config: TrainConfig) -> Path:
-    return Workspace(config.workspace).runs / config.run_name
 
 
 def reports_of(config: TrainConfig) -> Path:

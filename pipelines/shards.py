@@ -10,7 +10,7 @@ import math
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from la.coco import Image
 from la.errors import InputError
 from la.quantised import quantise
+from pipelines.config import StoredDtype
 from pipelines.workspace import digest, write_whole
 
 FORMAT = 1  # of the files; raised whenever an older reader would misread a newer store
 FLOAT16, INT8 = "<f2", "<i1"  # numpy's names of the stored numbers, little-endian
-StoredDtype = Literal["float16", "int8"]
 PAGE_HEADER = 256  # bytes; more than the header of a one-value page and the value's length ever take
 _SETTINGS, _SHARD = b"la_settings", b"la_shard"
 

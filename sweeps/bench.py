@@ -4,7 +4,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipelines.bench import BenchResult
+from pipelines.bench import BenchResult, workspace_beside
 from pipelines.config import SweepConfig
 from pipelines.workspace import write_text
 from sweeps.trial import FoldResult, Job, Report
@@ -24,11 +24,8 @@ def bench_sweep(store: Path, trials: int = 8) -> BenchResult:
 
     names = [variant.name for variant in STUDIES["ablations"].variants if variant.trained]
     with tempfile.TemporaryDirectory() as folder:
-        features = Path(folder) / "features"
-        features.mkdir()
-        (features / store.name).symlink_to(store.absolute())
         config = SweepConfig(
-            workspace=Path(folder),
+            workspace=workspace_beside(store, Path(folder)),
             variants=tuple(names[: -(-trials // 4)]),
             folds=(0, 1, 2, 3),
             train={"steps": STEPS},

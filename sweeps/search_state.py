@@ -17,6 +17,7 @@ from la.errors import InputError
 from la.model import PRESETS
 from pipelines.config import SearchConfig
 from pipelines.store import FeatureStore
+from pipelines.training import run_dir_of
 from pipelines.workspace import Workspace, digest, write_text
 from sweeps.plan import NOT_IN_DIGEST
 from sweeps.space import draw_settings, first_rung, own_settings, train_config
@@ -170,14 +171,13 @@ def run_searched(search: Search, trial: FrozenTrial, report: Report, train: Call
     try:
         result = run_trial(job, judged, train)
     except StoppedEarly as stopped:
-        run_dir = Workspace(job.train.workspace).runs / job.train.run_name
         result = FoldResult(
             variant=job.variant.name,
             fold=job.fold,
             finished=True,
             stopped_early=True,
             step=stopped.step,
-            run_dir=run_dir,
+            run_dir=run_dir_of(job.train),
             training={"seen_miou": max(seen.values()), "train_seconds": time.monotonic() - started},
         )
     result = result.model_copy(update={"seconds": result.training["train_seconds"]})

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 from la.model import preset as model_preset
-from pipelines.config import PAPER_BATCHES, RECIPES, SearchConfig, TrainConfig, default_recipe
+from pipelines.config import SearchConfig, TrainConfig, default_recipe, scaled_batches
 
 LR_TIMES = (0.1, 10.0)
 WEIGHT_DECAY = (1e-4, 0.3)
@@ -47,7 +47,6 @@ def train_config(config: SearchConfig, point: dict) -> TrainConfig:
     """The training of a point. Its numbers are rounded to what a command line can well say."""
     preset = point["preset"]
     own = TrainConfig(workspace=config.workspace, preset=preset)
-    batches = RECIPES[own.recipe].get("batches", PAPER_BATCHES)
     return TrainConfig(
         workspace=config.workspace,
         store=config.store,
@@ -61,7 +60,7 @@ def train_config(config: SearchConfig, point: dict) -> TrainConfig:
         weight_decay=_rounded(point["weight_decay"]),
         loss=point["loss"],
         prompts=tuple(point["prompts"].split("+")),
-        batches=tuple((max(1, round(config.batch_scale * b)), n, k) for b, n, k in batches),
+        batches=scaled_batches(own.recipe, config.batch_scale),
         steps=config.steps,
         val_every=first_rung(config),
         val_episodes=config.val_episodes,
