@@ -74,6 +74,16 @@ def check(path: Path) -> None:
 def load(path: Path, device: torch.device | str = "cpu") -> dict:
     """A whole checkpoint. Raises as `check` does."""
     check(path)
+    return _read(path, device)
+
+
+def load_last(run_dir: Path, device: torch.device | str = "cpu") -> dict | None:
+    """The newest whole checkpoint of a run, see `find_last`."""
+    last = find_last(run_dir)
+    return _read(last, device) if last else None
+
+
+def _read(path: Path, device: torch.device | str) -> dict:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:

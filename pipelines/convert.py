@@ -64,8 +64,7 @@ def plain_store(workspace: Workspace, key: str | None) -> Path:
 
 
 def _convert_shard(source: FeatureStore, file: str, settings: StoreSettings, path: Path) -> ShardNote:
-    source.check_shard(file)  # damage must not be carried over under a new, matching checksum
-    note = open_shard(source.path / file, source.key)[1]
+    note = source.check_shard(file)  # damage must not be carried over under a new, matching checksum
     images = source.dataset(note.split).images
 
     def rows() -> Iterator[tuple[Image, np.ndarray]]:

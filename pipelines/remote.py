@@ -68,9 +68,10 @@ class RemoteStores:
         """
         key = key or self._only_key()
         info = self._info(key)
-        for done, file in enumerate(files_of(info), start=1):
+        files = files_of(info)
+        for done, file in enumerate(files, start=1):
             self._fetch(key, file, features / key / file, info)
-            on_file(done, len(files_of(info)))
+            on_file(done, len(files))
         return features / key
 
     def pull_unfinished(self, store: Path) -> None:

@@ -20,7 +20,7 @@ from la.losses import focal_loss, iou_loss
 from la.model import LabelAnything, ModelConfig, build, preset, save_state
 from la.schedules import factor
 from pipelines.batches import BatchBuilder
-from pipelines.checkpoints import BEST, find_last, full_disk_told, load, mend, save, save_last
+from pipelines.checkpoints import BEST, full_disk_told, load_last, mend, save, save_last
 from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.episodes import (
     EpisodeShards,
@@ -170,8 +170,8 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
 
     torch.manual_seed(config.seed)
     plain = build(shape).to(device)
-    last = find_last(run_dir)
-    if isinstance(plain, Hybrid) and last is None:
+    saved = load_last(run_dir, device)
+    if isinstance(plain, Hybrid) and saved is None:
         fit_matching(plain.matching, [(pool_of(*of), builder) for of, builder in zip(plans, builders, strict=True)])
     optimiser = torch.optim.AdamW(plain.parameters(), config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -182,8 +182,7 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
     # The position. `losses`: of the steps since the last report; `pending`: the validation that notice cut short
     at = {"step": 0, "seconds": 0.0, "best": -1.0, "curve": [], "losses": [], "pending": False, "starts": []}
     best: dict | None = None
-    if last:
-        saved = load(last, device)
+    if saved:
         plain.load_state_dict(saved["training"])
         average.load_state_dict(saved["average"])
         optimiser.load_state_dict(saved["optimiser"])
