@@ -37,6 +37,13 @@ def overlay(photo: Image.Image, mask: np.ndarray, names: Sequence[str], opacity:
     return image
 
 
+def shape_of(mask: np.ndarray) -> dict[str, object]:
+    """(H, W) bool as the `segmentation` and `bbox` of a COCO annotation: compressed RLE, [x, y, width, height]."""
+    rle = rle_tools.encode(np.asfortranarray(mask, np.uint8))
+    shape = {"size": rle["size"], "counts": rle["counts"].decode()}
+    return {"segmentation": shape, "bbox": rle_tools.toBbox(rle).tolist()}
+
+
 def coco_results(mask: np.ndarray, scores: Sequence[float], category_ids: Sequence[int]) -> list[dict[str, object]]:
     """One COCO result for each class that has pixels: compressed RLE, box [x, y, width, height] and score.
 
@@ -45,12 +52,10 @@ def coco_results(mask: np.ndarray, scores: Sequence[float], category_ids: Sequen
     results = []
     for label in np.unique(mask):
         if label:
-            rle = rle_tools.encode(np.asfortranarray(mask == label, np.uint8))
             results.append(
                 {
                     "category_id": category_ids[label - 1],
-                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-                    "bbox": rle_tools.toBbox(rle).tolist(),
+                    **shape_of(mask == label),
                     "score": round(float(scores[label - 1]), 4),
                 }
             )

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
-from pycocotools import mask as rle_tools
 
 from la.user_prompts import Box, Points, Prompt
+from pipelines.mask_files import shape_of
 from pipelines.serve.service import Upload
 
 Tool = Literal["inside", "outside", "box", "brush", "eraser"]
@@ -62,8 +62,7 @@ class AnnotatedPhoto:
         height, wide = self.size
         inside = tuple((min(max(x, 0.0), float(wide)), min(max(y, 0.0), float(height))) for x, y in path)
         if tool == "box":
-            (xa, ya), (xb, yb) = inside[0], inside[-1]
-            inside = (min(xa, xb), min(ya, yb)), (max(xa, xb), max(ya, yb))
+            inside = corners(inside)
             if inside[1][0] - inside[0][0] < 1 or inside[1][1] - inside[0][1] < 1:
                 return
         self.marks.append(Mark(tool, number, inside, width))
@@ -91,13 +90,14 @@ class AnnotatedPhoto:
         mask = painted([m for m in mine if m.tool in ("brush", "eraser")], self.size)
         return [*prompts, mask] if mask.any() else prompts
 
-    def drawing(self, classes: Sequence[ShownClass]) -> str:
-        """SVG, in pixels of the photo, of all marks."""
+    def drawing(self, classes: Sequence[ShownClass], under_way: Mark | None = None) -> str:
+        """SVG, in pixels of the photo, of all marks, and of the one that is being made."""
+        marks = [*self.marks, under_way] if under_way else self.marks
         height, width = self.size
         unit = max(height, width) / 100
         parts = []
         for one in classes:
-            strokes = [m for m in self.marks if m.number == one.number and m.tool in ("brush", "eraser")]
+            strokes = [m for m in marks if m.number == one.number and m.tool in ("brush", "eraser")]
             if strokes:
                 lines = "".join(_line(m, "white" if m.tool == "brush" else "black") for m in strokes)
                 parts.append(f'<mask id="painted-{one.number}">{lines}</mask>')
@@ -106,7 +106,7 @@ class AnnotatedPhoto:
                     f'mask="url(#painted-{one.number})"/>'
                 )
         colours = {one.number: one for one in classes}
-        for mark in self.marks:
+        for mark in marks:
             if mark.number in colours:
                 parts.append(_shape(mark, colours[mark.number], unit))
         return "".join(parts)
@@ -174,6 +174,12 @@ class Session:
         return {"images": images, "annotations": annotations, "categories": categories}
 
 
+def corners(path: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Top left and bottom right of the box between the ends of a path."""
+    (xa, ya), (xb, yb) = path[0], path[-1]
+    return (min(xa, xb), min(ya, yb)), (max(xa, xb), max(ya, yb))
+
+
 def painted(strokes: Sequence[Mark], size: tuple[int, int]) -> np.ndarray:
     """(H, W) bool of strokes of brush and eraser, in the order they were made."""
     canvas = Image.new("1", size[::-1])
@@ -197,9 +203,7 @@ def _annotation(prompt: Prompt) -> dict:
         return {"bbox": [x, y, w, h], "area": w * h}
     if isinstance(prompt, Points):
         return {"points": [[*p, 1] for p in prompt.inside] + [[*p, 0] for p in prompt.outside], "area": 0}
-    rle = rle_tools.encode(np.asfortranarray(prompt, np.uint8))
-    shape = {"size": rle["size"], "counts": rle["counts"].decode()}
-    return {"segmentation": shape, "bbox": rle_tools.toBbox(rle).tolist(), "area": int(prompt.sum())}
+    return shape_of(prompt) | {"area": int(prompt.sum())}
 
 
 def _line(mark: Mark, colour: str) -> str:

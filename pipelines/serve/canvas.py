@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from nicegui import ui
 
-from pipelines.serve.annotating import Mark, Session, Tool
+from pipelines.serve.annotating import Mark, Session, Tool, corners
 
 TOOLS: dict[Tool, str] = {"inside": "Inside", "outside": "Outside", "box": "Box", "brush": "Brush", "eraser": "Eraser"}
 ARROWS = {"ArrowLeft": (-1, 0), "ArrowRight": (1, 0), "ArrowUp": (0, -1), "ArrowDown": (0, 1)}
@@ -53,10 +53,7 @@ class Canvas:
         photo = self._session.photo
         if photo is None:
             return
-        marks, under_way = photo.marks, self._under_way()
-        photo.marks = [*marks, under_way] if under_way else marks
-        drawing = photo.drawing(self._session.classes)
-        photo.marks = marks
+        drawing = photo.drawing(self._session.classes, self._under_way())
         self.image.set_content(f'<g transform="scale({1 / photo.reduction})">{drawing}{self._cross()}</g>')
 
     def undo(self) -> None:
@@ -74,9 +71,7 @@ class Canvas:
     def _under_way(self) -> Mark | None:
         if not self._path:
             return None
-        (xa, ya), (xb, yb) = self._path[0], self._path[-1]
-        box = self._tool_under_way == "box"
-        path = ((min(xa, xb), min(ya, yb)), (max(xa, xb), max(ya, yb))) if box else tuple(self._path)
+        path = corners(self._path) if self._tool_under_way == "box" else tuple(self._path)
         return Mark(self._tool_under_way, self._session.chosen, path, self._width())
 
     def _width(self) -> float:

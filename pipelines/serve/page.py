@@ -169,9 +169,7 @@ class Page:
             self._canvas = Canvas(self._session, self._warn)
             with ui.row().classes("items-center justify-between w-full"):
                 ui.label("Shift or the right button marks a point outside.").classes("text-sm text-gray-700")
-                ui.button("Marks as COCO", icon="download", on_click=self._download_supports).props(
-                    "flat no-caps dense"
-                )
+                _download("Marks as COCO", self._download_supports)
 
     def _draw_thumbnails(self) -> None:
         with ui.row().classes("gap-2"):
@@ -238,9 +236,7 @@ class Page:
                     bar = ui.linear_progress(share, show_value=False, size="10px").classes("grow")
                     bar.props["aria-label"] = f"{name}: {share:.0%}"
                     ui.label(f"{share:.0%}").classes("w-10 text-right shrink-0")
-        button = ui.button("PNG", icon="download", on_click=partial(self._download_mask, query)).props(
-            "flat no-caps dense"
-        )
+        button = _download("PNG", partial(self._download_mask, query))
         button.props["aria-label"] = f"Download the mask of {query.upload.name} as PNG"
 
     def _upload(self, label: str, came: Callable[["Page", Upload], Awaitable[None]], name: str) -> None:
