@@ -27,7 +27,9 @@ from pipelines.config import ServeConfig  # noqa: E402
 from pipelines.demo.scenes import draw_scene  # noqa: E402
 from pipelines.serve.annotating import AnnotatedPhoto, Session  # noqa: E402
 from pipelines.serve.api import build_api  # noqa: E402
-from pipelines.serve.service import ClassSets, Refused, Service, Upload, clean_name  # noqa: E402
+from pipelines.serve.jobs import Jobs, Refused, Upload  # noqa: E402
+from pipelines.serve.queue import queue_of  # noqa: E402
+from pipelines.serve.service import ClassSets, Service, clean_name  # noqa: E402
 from pipelines.support_files import read_support_files  # noqa: E402
 
 
@@ -48,8 +50,13 @@ def predictor():
 
 
 @pytest.fixture
-def service(predictor):
-    return Service(ServeConfig(max_photos=4, max_classes=3, max_class_sets=10), predictor)
+def jobs(predictor):
+    return Jobs(ServeConfig(max_photos=4, max_classes=3, max_class_sets=10), predictor)
+
+
+@pytest.fixture
+def service(jobs):
+    return Service(jobs.config, queue_of(jobs))
 
 
 @pytest.fixture
@@ -283,10 +290,11 @@ def test_sessions_of_eight_users_at_once_are_not_mixed(client, predictor, scenes
 
 
 def test_more_requests_than_may_wait_are_told_to_come_back(predictor, scenes):
-    service = Service(ServeConfig(max_waiting=1), predictor)
+    config = ServeConfig(max_waiting=1)
+    service = Service(config, queue_of(Jobs(config, predictor)))
     holding = threading.Event()
     with fastapi_test.TestClient(build_api(service)) as client, ThreadPoolExecutor(1) as pool:
-        held = service.queue._thread.submit(holding.wait)
+        held = service.queue._threads.submit(holding.wait)
         first = pool.submit(create, client, [png_of(scenes[0].image)], BOXED)
         while not service.queue.waiting:
             pass
@@ -298,20 +306,20 @@ def test_more_requests_than_may_wait_are_told_to_come_back(predictor, scenes):
     assert service.queue.waiting == 0
 
 
-def test_a_support_that_alone_shows_a_class_moves_all_of_it(service, predictor, scenes):
+def test_a_support_that_alone_shows_a_class_moves_all_of_it(service, jobs, predictor, scenes):
     one, two, query = scenes[0], scenes[1], scenes[0]
     shown = [{"first": one.instances == 1}, {"second": two.instances == 1}]
     uploads = [service.receive("a.png", png_of(scene.image), "photos") for scene in (one, two)]
-    class_set = service.show(uploads, shown, ["first", "second"])
-    found = service.segment(class_set, service.receive("q.png", png_of(query.image), "photo"))
-    moved = service.moved(class_set, found)
+    class_set = jobs.show(list(zip(uploads, shown, strict=True)), ["first", "second"])
+    found = jobs.segment(class_set, service.receive("q.png", png_of(query.image), "photo"))
+    moved = jobs.moved(class_set, found)
     alone = predictor.segment([query.image], predictor.learn(predictor.read_supports([two.image], [shown[1]])))
     without_first = np.where(alone.masks[0] > 0, 2, 0)
     either = (found.mask > 0) | (without_first > 0)
     assert moved[0] == pytest.approx((found.mask != without_first).sum() / either.sum())
     assert 0 <= moved[1] < moved[0] <= 1
-    only = service.learn(class_set.supports.supports[:1])
-    assert service.moved(only, service.segment(only, uploads[0])) == [1.0]
+    only = jobs.show(class_set.supports.supports[:1])
+    assert jobs.moved(only, jobs.segment(only, uploads[0])) == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -420,13 +428,13 @@ def test_names_of_classes_cannot_become_part_of_the_page(scenes):
     assert "&lt;script&gt;" in session.photo.drawing(session.classes)
 
 
-def test_marks_saved_as_a_coco_file_are_read_by_predict_as_the_page_reads_them(service, predictor, scenes, tmp_path):
+def test_marks_saved_as_a_coco_file_are_read_by_predict_as_the_page_reads_them(jobs, predictor, scenes, tmp_path):
     session = marked_session(scenes[0])
     (tmp_path / "a.png").write_bytes(session.photo.upload.data)
     (tmp_path / "support.json").write_text(json.dumps(session.support_file()))
     files = read_support_files(tmp_path / "support.json")
     (saved,) = predictor.read_supports(files.photos, files.prompts).supports
-    shown = service.read_support(session.photo.upload, session.photo.prompts(session.classes))
+    shown = jobs.read_support(session.photo.upload, session.photo.prompts(session.classes))
     assert torch.equal(saved.features, shown.features)
     assert saved.shown.keys() == shown.shown.keys()
     for name, one in shown.shown.items():

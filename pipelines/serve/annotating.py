@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from la.user_prompts import Box, Points, Prompt
 from pipelines.mask_files import shape_of
-from pipelines.serve.service import Upload
+from pipelines.serve.jobs import Upload
 
 Tool = Literal["inside", "outside", "box", "brush", "eraser"]
 # Told apart by most colour-blind people as well (Okabe and Ito, "Color Universal Design", 2008); then around again.

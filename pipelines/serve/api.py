@@ -15,8 +15,9 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from la.errors import InputError
+from pipelines.serve.jobs import ClassSet, Jobs, Refused, Upload
 from pipelines.serve.results import coco_document, png
-from pipelines.serve.service import MB, NAME_LENGTH, ClassSet, Refused, Service, Upload, by_class
+from pipelines.serve.service import MB, NAME_LENGTH, Service, by_class
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 ClassName = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -145,7 +146,7 @@ def _routes(service: Service) -> APIRouter:
         service.class_sets.check_room()
         prompts = _of_each_photo(annotations, len(photos))
         uploads = [await _received(service, photo, f"photos.{at}") for at, photo in enumerate(photos)]
-        done = await service.queue.run(service.show, uploads, prompts, names)
+        done = await service.queue.run(Jobs.show, list(zip(uploads, prompts, strict=True)), names)
         number = service.class_sets.add(done.value)
         return _summary(number, done.value, done.seconds, done.queue_seconds)
 
@@ -183,7 +184,7 @@ def _routes(service: Service) -> APIRouter:
         """Segment a photo into the classes of a class set."""
         class_set = service.class_sets.get(class_set_id)
         upload = await _received(service, photo, "photo")
-        done = await service.queue.run(service.segment, class_set, upload)
+        done = await service.queue.run(Jobs.segment, class_set, upload)
         scores = [round(float(score), 4) for score in done.value.scores]
         times = {"seconds": round(done.seconds, 4), "queue_seconds": round(done.queue_seconds, 4)}
         headers = {

@@ -21,15 +21,17 @@ from nicegui import events, ui
 from PIL import Image
 
 from la.errors import InputError
+from la.predictor import PhotoPrompts
 from la.support_set import Support
 from pipelines.demo.drawing import Scene
 from pipelines.demo.scenes import CLASS_NAMES, PAIRS, draw_scene
 from pipelines.serve.annotating import AnnotatedPhoto, Session
 from pipelines.serve.canvas import TOOLS, Canvas
+from pipelines.serve.jobs import PREVIEW, ClassSet, Jobs, Preview, Refused, Upload
+from pipelines.serve.queue import Timed
 from pipelines.serve.results import coco_document, png
-from pipelines.serve.service import MB, ClassSet, Refused, Service, Timed, Upload
+from pipelines.serve.service import MB, Service
 
-PREVIEW = 1280  # pixels of the longer side of what is shown; marks and masks are of the photo's own size
 TOOL_KEYS = dict(zip("ioxbe", TOOLS, strict=True))
 STYLE = """
 .canvas img { touch-action: none; cursor: crosshair; user-select: none }
@@ -272,31 +274,23 @@ class Page:
 
     async def _support_came(self, upload: Upload) -> None:
         self._room_for(self._session.photos)
-        photo = (await self._service.queue.run(self._annotated, upload)).value
+        found: Preview = (await self._service.queue.run(Jobs.preview, upload)).value
         self._room_for(self._session.photos)  # others may have come meanwhile
+        photo = AnnotatedPhoto(upload, found.size, _data_url(found.jpeg, "jpeg"), found.reduction)
         self._session.photos.append(photo)
         self._choose_photo(len(self._session.photos) - 1)
 
     async def _query_came(self, upload: Upload) -> None:
         self._room_for(self._queries)
-        photo = (await self._service.queue.run(self._annotated, upload)).value
+        found: Preview = (await self._service.queue.run(Jobs.preview, upload)).value
         self._room_for(self._queries)
-        self._queries.append(Query(upload, photo.preview))
+        self._queries.append(Query(upload, _data_url(found.jpeg, "jpeg")))
         self._results.refresh()
 
     def _room_for(self, photos: list) -> None:
         most = self._service.config.max_photos
         if len(photos) >= most:
             raise Refused(413, "too_many_photos", "photo", f"There are {most} photos, the most that are taken.")
-
-    def _annotated(self, upload: Upload) -> AnnotatedPhoto:
-        """A job: decodes."""
-        photo = self._service.decode(upload)
-        size = (photo.height, photo.width)
-        photo.thumbnail((PREVIEW, PREVIEW))
-        file = io.BytesIO()
-        photo.save(file, "JPEG", quality=90)
-        return AnnotatedPhoto(upload, size, _data_url(file.getvalue(), "jpeg"), size[1] / photo.width)
 
     def _add_class(self) -> None:
         name, colour = (self._name.value or "").strip(), (self._colour.value or "").strip().lower()
@@ -371,28 +365,28 @@ class Page:
             self._warn("Add a photo to segment.")
             return
         rgb = {one.name: one.rgb for one in self._session.classes}
-        shown = [(photo, tuple(photo.marks), prompts) for photo, prompts in marked]
-        class_set = (await self._service.queue.run(self._learn, names, shown)).value
+        class_set = await self._learn(names, marked)
         colours = tuple(rgb[name] for name in class_set.supports.classes)
         for query in self._queries:  # all results are of the same marks
             query.shown = None
         for query in list(self._queries):
-            done = await self._service.queue.run(self._service.segment, class_set, query.upload)
+            done = await self._service.queue.run(Jobs.segment, class_set, query.upload)
             query.shown = await asyncio.to_thread(_shown, class_set, done, colours)
             self._results.refresh()
-            moved = (await self._service.queue.run(self._service.moved, class_set, done.value)).value
+            moved = (await self._service.queue.run(Jobs.moved, class_set, done.value)).value
             query.shown = query.shown._replace(moved=moved)
             self._results.refresh()
 
-    def _learn(self, names: list[str], shown: list) -> ClassSet:
-        """A job: reads the supports whose marks are others than last time."""
-        read = []
-        for photo, marks, prompts in shown:
-            key = (marks, tuple(prompts))
+    async def _learn(self, names: list[str], marked: list[tuple[AnnotatedPhoto, PhotoPrompts]]) -> ClassSet:
+        """Only supports whose marks are others than last time are read anew."""
+        keys = [(tuple(photo.marks), tuple(prompts)) for photo, prompts in marked]
+        shown = []
+        for key, (photo, prompts) in zip(keys, marked, strict=True):
             known = [support for p, k, support in self._read if p is photo and k == key]
-            read.append((photo, key, known[0] if known else self._service.read_support(photo.upload, prompts)))
-        self._read = read
-        return self._service.learn([support for _, _, support in read], names)
+            shown.append(known[0] if known else (photo.upload, prompts))
+        class_set: ClassSet = (await self._service.queue.run(Jobs.show, shown, names)).value
+        self._read = [(photo, *of) for (photo, _), *of in zip(marked, keys, class_set.supports.supports, strict=True)]
+        return class_set
 
     async def _show_example(self) -> None:
         self._session.clear()

@@ -22,7 +22,9 @@ def serve(config: ServeConfig, ready: Callable[[str], None]) -> None:
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
         from pipelines.serve.api import build_api
+        from pipelines.serve.jobs import Jobs
         from pipelines.serve.page import add_page
+        from pipelines.serve.queue import queue_of
         from pipelines.serve.service import Service
     except ImportError as error:
         raise InputError(
@@ -31,7 +33,7 @@ def serve(config: ServeConfig, ready: Callable[[str], None]) -> None:
     listening = _listen(config.host, config.port)
     # NiceGUI looks through all objects for its server, and so touches what torch means to drop.
     warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op", category=FutureWarning)
-    service = Service(config)
+    service = Service(config, queue_of(Jobs(config)))
     app = build_api(service)
     add_page(app, service)
     if _is_local(config.host):  # another site's name for this machine is none of ours
