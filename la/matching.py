@@ -2,12 +2,13 @@
 
 Prototypes and affinities of annotated pairs are summed over shots before anything looks at them, so cost is linear in
 the number of shots and each shot sharpens the same maps. Between query and support maps of n tokens an affinity has
-n x n entries; they are made for a few pairs at a time and never kept.
+n x n entries; they are made for a few supports at a time, once for all classes that a support shows, and never kept.
 """
 
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 from la.baselines import box_coverage, mask_coverage, point_coverage
 from la.batch import EpisodeBatch
 
-PAIRS_AT_ONCE = 8  # whose affinities are in memory together
-TEMPERATURES = (0.1, 0.05)  # of affinities
+PAIRS_AT_ONCE = 8  # whose tokens are summed together
+AFFINITIES_AT_ONCE = 2**21  # entries in memory together, 8 MB: what is worked on in place should not leave the cache
+TEMPERATURES = (0.1, 0.05)  # of affinities; where one is half of that before it, a square takes an exponential's place
 SMOOTHING = 0.07  # temperature at which a query token takes after the tokens that resemble it
 EPSILON = 1e-4  # shares are kept so far from 0 and 1, where log odds are infinite
 
@@ -103,7 +105,11 @@ class Matching(nn.Module):
             smooth = self._in_metric(smoothed(query))
             seen = _Sums(b, c, query)
             for some in supports:
-                self._add(seen, smooth, some)
+                seen.count(some)
+                if self.prototypes:
+                    seen.add(some)
+                if self.affinity:
+                    seen.attend(smooth, some)
             maps: list[Tensor] = []
             if self.prototypes:
                 prototypes = F.normalize(seen.covered, dim=-1)
@@ -125,13 +131,6 @@ class Matching(nn.Module):
     def _in_metric(self, units: Tensor) -> Tensor:
         return units if self.metric is None else self.metric(units)
 
-    def _add(self, seen: "_Sums", smooth: Tensor, supports: "Annotated") -> None:
-        for some in torch.arange(len(supports.slot), device=smooth.device).split(PAIRS_AT_ONCE):
-            slot, weight, photo = supports.slot[some], supports.weight[some], supports.photo[some]
-            seen.add(slot, weight, supports.tokens[photo])
-            if self.affinity:
-                seen.attend(slot, weight, smooth, supports.mapped[photo])
-
 
 @dataclass(frozen=True)
 class Annotated:
@@ -143,6 +142,25 @@ class Annotated:
     tokens: Tensor  # (L, n, D) unit features
     mapped: Tensor  # (L, n, D) in the space of affinity
 
+    @cached_property
+    def sums(self) -> Tensor:
+        """(2, p, D): the support tokens of the pair's class, and the rest of its support."""
+        shares = torch.stack((self.weight, 1 - self.weight), 1)
+        some = zip(shares.split(PAIRS_AT_ONCE), self.photo.split(PAIRS_AT_ONCE), strict=True)
+        return torch.cat([share @ self.tokens[photo] for share, photo in some]).transpose(0, 1)
+
+    def episode(self, slots: int) -> Tensor:
+        """(L,) long, of each support; 0 for one that no pair is on."""
+        return self.slot.new_zeros(len(self.mapped)).index_put((self.photo,), self.slot // slots)
+
+    def values(self, slots: int) -> Tensor:
+        """(L, C, n): how much a support's tokens belong to each class; in place of slot 0, the number of its pairs."""
+        classes = torch.cat((self.slot % slots, torch.zeros_like(self.slot)))
+        places = self.photo.repeat(2) * slots + classes
+        values = self.weight.new_zeros(len(self.mapped) * slots, self.weight.shape[1])
+        values.index_add_(0, places, torch.cat((self.weight, torch.ones_like(self.weight))))
+        return values.unflatten(0, (-1, slots))
+
 
 class _Sums:
     """Over the annotated pairs seen so far, by slot: what all maps are made of."""
@@ -152,22 +170,29 @@ class _Sums:
         self.slots = slots
         self.cover = query.new_zeros(2, b * slots)  # mean weights of the pairs, and their number
         self.covered = query.new_zeros(2, b * slots, d)  # support tokens of the class, and the rest of its supports
-        # of each temperature, the coverage that query tokens read and by how much attention
-        self.read = query.new_zeros(len(TEMPERATURES), b * slots, n, 2)
+        # of each temperature, the coverage that query tokens read; in place of slot 0, all attention of the episode
+        self.read = query.new_zeros(len(TEMPERATURES), b, slots, n)
 
-    def add(self, slot: Tensor, weight: Tensor, tokens: Tensor) -> None:
-        """p pairs: slot (p,), weight (p, n) in 0..1, unit tokens (p, n, D)."""
-        self.cover.index_add_(1, slot, torch.stack((weight.mean(1), torch.ones_like(weight[:, 0]))))
-        sums = torch.stack((weight, 1 - weight), 1) @ tokens
-        self.covered.index_add_(1, slot, sums.transpose(0, 1))
+    def count(self, supports: Annotated) -> None:
+        weight = supports.weight
+        self.cover.index_add_(1, supports.slot, torch.stack((weight.mean(1), torch.ones_like(weight[:, 0]))))
 
-    def attend(self, slot: Tensor, weight: Tensor, query: Tensor, tokens: Tensor) -> None:
-        """The same p pairs; unit query tokens (B, n, D) and support tokens (p, n, D) in the space of affinity."""
-        # cosines are 1 at most, so the largest exponent is known and no second pass over the shots is needed
-        cosines = query[slot // self.slots] @ tokens.transpose(1, 2) - 1
-        values = torch.stack((weight, torch.ones_like(weight)), 2)
-        for number, temperature in enumerate(TEMPERATURES):
-            self.read[number].index_add_(0, slot, (cosines / temperature).exp_() @ values)
+    def add(self, supports: Annotated) -> None:
+        self.covered.index_add_(1, supports.slot, supports.sums)
+
+    def attend(self, query: Tensor, supports: Annotated) -> None:
+        """Unit query tokens (B, n, D) in the space of affinity."""
+        sharp = query.transpose(1, 2) / TEMPERATURES[0]
+        at_once = max(1, AFFINITIES_AT_ONCE // (query.shape[1] * supports.mapped.shape[1]))
+        parts = (supports.episode(self.slots), supports.values(self.slots), supports.mapped)
+        for episode, values, tokens in zip(*(part.split(at_once) for part in parts), strict=True):
+            asking = sharp if len(sharp) == 1 else sharp[episode]
+            # cosines are 1 at most, so the largest exponent is known and no second pass over the shots is needed
+            attention = (tokens @ asking).sub_(1 / TEMPERATURES[0]).exp_()
+            for number, temperature in enumerate(TEMPERATURES):
+                if number:
+                    attention.pow_(TEMPERATURES[number - 1] / temperature)
+                self.read[number].index_add_(0, episode, values @ attention)
 
     def cosines(self, query: Tensor, prototypes: Tensor) -> list[Tensor]:
         """Unit query tokens (B, n, D) and prototypes (2, B * C, D) -> of the class and the rest, (B * C, n) each."""
@@ -176,14 +201,10 @@ class _Sums:
 
     def odds(self) -> list[Tensor]:
         """Of each temperature (B * C, n): over the support tokens of all classes of an episode, which compete so."""
-        covered, pairs = self.cover[..., None]
-        found = logit(self.read[..., 0] / self._of_episode(self.read[..., 1]).clamp(min=1e-30))
-        return list((found - logit(covered / self._of_episode(pairs).clamp(min=1))) / 4)
-
-    def _of_episode(self, values: Tensor) -> Tensor:
-        """(..., B * C, n) -> the same, each the sum over its episode's slots."""
-        slots = values.unflatten(-2, (-1, self.slots))
-        return slots.sum(-2, keepdim=True).expand_as(slots).flatten(-3, -2)
+        covered, pairs = self.cover.unflatten(1, (-1, self.slots))
+        mean = covered / pairs.sum(1, keepdim=True).clamp(min=1)
+        found = logit(self.read / self.read[:, :, :1].clamp(min=1e-30))
+        return list(((found - logit(mean)[..., None]) / 4).flatten(1, 2))
 
 
 def logit(share: Tensor) -> Tensor:
@@ -264,5 +285,5 @@ def _most_alike(image: Tensor, cells: Tensor) -> Tensor:
 
 def smoothed(units: Tensor) -> Tensor:
     """Unit tokens (B, n, D), each the mean of those that resemble it: one token says little of the object it is of."""
-    alike = torch.exp((units @ units.transpose(1, 2) - 1) / SMOOTHING)
+    alike = (units @ (units / SMOOTHING).transpose(1, 2)).sub_(1 / SMOOTHING).exp_()
     return F.normalize(alike @ units, dim=-1)

@@ -61,6 +61,61 @@ def test_an_affinity_over_two_shots_is_the_softmax_over_the_tokens_of_both():
         torch.testing.assert_close(Matching(3)(batch)[0, 1, number].flatten(), odds, atol=1e-5, rtol=1e-4)
 
 
+def plain_maps(matching, batch):
+    """The equations of docs/hybrid.md, one pair and one temperature after the other -> (B, C, 6, n)."""
+    query, support = (F.normalize(x, dim=-1).flatten(1, 2) for x in (batch.query, batch.support))
+    weights, (_, slots) = matching.completion(batch, support), batch.slots.shape
+    maps = torch.zeros(*batch.slots.shape, 6, query.shape[1])
+    for episode, c in (batch.slots.nonzero()).tolist():
+        if c == 0:
+            continue
+        smooth = matching.metric(smoothed(query[episode][None])[0])
+        pairs = [
+            (int(slot) % slots, support[photo], weight)
+            for slot, photo, weight in zip(batch.pairs.slot, batch.pair_support, weights, strict=True)
+            if slot // slots == episode and slot % slots > 0
+        ]
+        shown = [(tokens, weight) for of, tokens, weight in pairs if of == c]
+        belonging = (
+            sum(weight @ tokens for tokens, weight in shown),
+            sum((1 - weight) @ tokens for tokens, weight in shown),
+        )
+        for side, prototype in enumerate(F.normalize(total, dim=-1) for total in belonging):
+            maps[episode, c, side] = query[episode] @ prototype
+            maps[episode, c, 2 + side] = smooth @ matching.metric(prototype)
+        mean = sum(weight.mean() for _, weight in shown) / len(pairs)
+        for number, temperature in enumerate((0.1, 0.05)):
+            heeded = [(of, (smooth @ matching.metric(t).T / temperature).exp(), weight) for of, t, weight in pairs]
+            read = sum(much @ weight for of, much, weight in heeded if of == c) / sum(
+                much.sum(1) for _, much, _ in heeded
+            )
+            maps[episode, c, 4 + number] = (read.clamp(1e-4, 1 - 1e-4).logit() - mean.logit()) / 4
+    return maps
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 2**21])  # one support, two, all
+def test_maps_are_those_of_the_equations_however_supports_share_the_work(monkeypatch, at_once):
+    """Of two episodes that differ in classes and shots; supports show one class or both, and one shows none."""
+
+    def noise(*key):
+        return torch.Generator().manual_seed(sum(key))
+
+    def features(images):
+        return torch.stack([torch.randn(2, 2, 6, generator=noise(image)) for image in images])
+
+    def mask(_, annotations):
+        return torch.rand(16, 16, generator=noise(*annotations))
+
+    monkeypatch.setattr("la.matching.AFFINITIES_AT_ONCE", at_once)
+    masks = [Pair(support, slot, (support + 10 * slot,), (), ()) for support, slot in ((0, 0), (0, 1), (2, 1))]
+    prompts = [Pair(3, 0, (4,), ((5.0, 5.0, 1),), ()), Pair(3, 1, (), (), ((0.0, 0.0, 20.0, 30.0),))]
+    first = Episode(0, (7, 8), 100, (1, 2, 3, 4), (*masks, *prompts))
+    second = Episode(1, (9,), 101, (1,), (Pair(0, 0, (5,), (), ()),))
+    batch, matching = pack([first, second], features, mask, lambda _: SIZE), Matching(6)
+    matching.metric.fit(F.normalize(features(range(20)).flatten(1, 2)[:, 0], dim=-1), torch.arange(20) % 4)
+    torch.testing.assert_close(matching(batch)[:, :, :6].flatten(3), plain_maps(matching, batch), atol=1e-5, rtol=1e-4)
+
+
 def test_affinities_of_classes_compete_for_the_same_attention():
     right = Pair(1, 1, (1,), (), ())  # the second class is what its support shows on the left, the first one's right
     batch = batch_of(Pair(0, 0, (1,), (), ()), right, supports=(1, 101), classes=(7, 8))
@@ -76,6 +131,7 @@ def test_more_shots_than_fit_in_memory_at_once_give_the_same_maps(monkeypatch):
     batch = batch_of(*pairs, supports=(1, 2, 101, 3, 102), classes=(7, 8))
     together = Matching(3)(batch)
     monkeypatch.setattr("la.matching.PAIRS_AT_ONCE", 1)
+    monkeypatch.setattr("la.matching.AFFINITIES_AT_ONCE", 1)
     torch.testing.assert_close(Matching(3)(batch), together)
 
 
