@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DeviceOption, ThreadsOption, WeightsOption, console, mistakes
+from commands.common import AddressOption, DeviceOption, ThreadsOption, WeightsOption, console, mistakes
 from commands.prediction import CheckpointOption, OwnBackboneOption, OwnSizeOption
 
 app = typer.Typer()
@@ -24,6 +24,10 @@ def serve(
     max_photos: Annotated[int, typer.Option(min=1, help="Supports of a class set, and queries of a page.")] = 16,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Copies of the model, each a process on Ray; default: one, without Ray.")
+    ] = None,
+    address: AddressOption = None,
 ) -> None:
     """Open a web page, and beside it an HTTP API, to label a few photos and have others segmented."""
     with mistakes():
@@ -41,6 +45,7 @@ def serve(
             max_photos=max_photos,
             device=device,
             threads=threads,
+            replicas=replicas,
         )
 
         def ready(url: str) -> None:

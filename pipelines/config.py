@@ -279,6 +279,7 @@ class ServeConfig(Settings):
     image_size: int | None = Field(None, ge=1)
     device: str = "auto"
     threads: int | None = Field(None, ge=1)
+    replicas: int | None = Field(None, ge=1)  # of the model, on Ray; None: one in the server's own process
     host: str = "127.0.0.1"  # this machine alone
     port: int = Field(8080, ge=0, le=65535)
     max_photo_mb: int = Field(10, ge=1)  # megabytes of one file

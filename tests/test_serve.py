@@ -4,6 +4,8 @@ import io
 import json
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +30,7 @@ from pipelines.demo.scenes import draw_scene  # noqa: E402
 from pipelines.serve.annotating import AnnotatedPhoto, Session  # noqa: E402
 from pipelines.serve.api import build_api  # noqa: E402
 from pipelines.serve.jobs import Jobs, Refused, Upload  # noqa: E402
-from pipelines.serve.queue import queue_of  # noqa: E402
+from pipelines.serve.queue import model_queue  # noqa: E402
 from pipelines.serve.service import ClassSets, Service, clean_name  # noqa: E402
 from pipelines.support_files import read_support_files  # noqa: E402
 
@@ -56,7 +58,8 @@ def jobs(predictor):
 
 @pytest.fixture
 def service(jobs):
-    return Service(jobs.config, queue_of(jobs))
+    with model_queue(jobs.config, jobs.predictor) as queue:
+        yield Service(jobs.config, queue)
 
 
 @pytest.fixture
@@ -291,19 +294,22 @@ def test_sessions_of_eight_users_at_once_are_not_mixed(client, predictor, scenes
 
 def test_more_requests_than_may_wait_are_told_to_come_back(predictor, scenes):
     config = ServeConfig(max_waiting=1)
-    service = Service(config, queue_of(Jobs(config, predictor)))
     holding = threading.Event()
-    with fastapi_test.TestClient(build_api(service)) as client, ThreadPoolExecutor(1) as pool:
-        held = service.queue._threads.submit(holding.wait)
+    with (
+        model_queue(config, predictor) as queue,
+        fastapi_test.TestClient(build_api(Service(config, queue))) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        held = queue._threads.submit(holding.wait)
         first = pool.submit(create, client, [png_of(scenes[0].image)], BOXED)
-        while not service.queue.waiting:
+        while not queue.waiting:
             pass
         second = create(client, [png_of(scenes[0].image)], BOXED)
         holding.set()
         assert (second.status_code, second.json()["code"]) == (503, "busy")
         assert first.result().status_code == 201
         assert held.result()
-    assert service.queue.waiting == 0
+    assert queue.waiting == 0
 
 
 def test_a_support_that_alone_shows_a_class_moves_all_of_it(service, jobs, predictor, scenes):
@@ -441,6 +447,12 @@ def test_marks_saved_as_a_coco_file_are_read_by_predict_as_the_page_reads_them(j
         other = saved.shown[name]
         assert (sorted(one.points), sorted(one.boxes)) == (sorted(other.points), sorted(other.boxes))
         assert (one.mask is None and other.mask is None) or torch.equal(one.mask, other.mask)
+
+
+def test_one_model_in_this_process_needs_no_ray():
+    modules = "api", "page", "queue", "server", "service"
+    imports = "; ".join(f"import pipelines.serve.{name}" for name in modules)
+    subprocess.run([sys.executable, "-c", f"{imports}; import sys; assert 'ray' not in sys.modules"], check=True)
 
 
 def test_an_address_that_is_taken_is_told():

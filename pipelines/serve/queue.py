@@ -3,10 +3,14 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
+from la.predictor import Predictor
+from pipelines.config import ServeConfig
 from pipelines.serve.jobs import Jobs, Refused
 
 Job = Callable[..., object]  # a method of `Jobs`, as `Jobs.segment`; its arguments follow
@@ -52,9 +56,15 @@ class JobQueue:
             self.waiting -= 1
 
 
-def queue_of(jobs: Jobs) -> JobQueue:
-    """The queue before one model in this process."""
-    return JobQueue(lambda job, args: timed(jobs, job, args), jobs.config.max_waiting)
+@contextmanager
+def model_queue(config: ServeConfig, predictor: Predictor | None = None) -> Iterator[JobQueue]:
+    """The queue before one model in this process, until the end of the block. InputError as `Jobs`."""
+    jobs = Jobs(config, predictor)
+    queue = JobQueue(partial(timed, jobs), config.max_waiting)
+    try:
+        yield queue
+    finally:
+        queue.close()
 
 
 def timed(jobs: Jobs, job: Job, args: tuple) -> tuple[object, float]:

@@ -1,0 +1,181 @@
+"""Copies of the model as replicas of a Ray Serve deployment, each a process that does one job at a time.
+
+The page's process keeps everything that users showed and owns it in Ray's object store, so that a replica that dies
+takes nothing along. What a replica learned of a class set stays with it: another learns it anew from the same supports.
+"""
+
+import logging
+import os
+import socket
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from la.errors import InputError
+from pipelines.cluster import ray_session
+from pipelines.config import ServeConfig
+from pipelines.serve.jobs import ClassSet, Jobs, Refused
+from pipelines.serve.queue import Job, JobQueue, timed
+
+MOST_LEARNED = 8  # class sets that a replica keeps; the hybrid takes 2.8 MB a support (ViT-S/14 at 420 px)
+TRIES = 2  # of a job whose replica died: who dies of it twice would die of it again
+PATIENCE = 300.0  # seconds for a job, and for a replica to come back where all died
+
+
+class Shown(NamedTuple):
+    """What travels in place of a class set: its key, and where its supports are in the object store."""
+
+    key: str
+    supports: list[ray.ObjectRef]  # one, within a list, else Ray would fetch it with every job
+
+
+class Replica:
+    """One model in a process of its own."""
+
+    def __init__(self, config: ServeConfig):
+        self._learned: OrderedDict[str, ClassSet] = OrderedDict()
+        try:
+            self._jobs, self._mistake = Jobs(config), None
+        except InputError as error:  # raised, Ray would tell it as a failed constructor and try again
+            self._jobs, self._mistake = None, error
+
+    def mistake(self) -> InputError | None:
+        """Why the model cannot be used."""
+        return self._mistake
+
+    def do(self, job: Job, args: tuple) -> tuple[object, float] | InputError:
+        """As `timed`, but with InputError returned: raised, it would arrive as one of Ray's."""
+        try:
+            known = [self._class_set(one) if isinstance(one, Shown) else one for one in args]
+            value, seconds = timed(self._jobs, job, tuple(known))
+        except InputError as error:
+            return error
+        if isinstance(value, ClassSet):
+            self._keep(value)
+        return value, seconds
+
+    def _class_set(self, shown: Shown) -> ClassSet:
+        if (known := self._learned.get(shown.key)) is None:
+            known = self._jobs.learned(ray.get(shown.supports[0]), key=shown.key)
+        self._keep(known)
+        return known
+
+    def _keep(self, class_set: ClassSet) -> None:
+        self._learned[class_set.key] = class_set
+        self._learned.move_to_end(class_set.key)
+        while len(self._learned) > MOST_LEARNED:
+            self._learned.popitem(last=False)
+
+
+class Replicas:
+    """Has jobs done by whichever replica is free; used by as many threads as there are replicas."""
+
+    def __init__(self, deployment: serve.handle.DeploymentHandle):
+        self._deployment = deployment
+        self._shown: weakref.WeakKeyDictionary[ClassSet, Shown] = weakref.WeakKeyDictionary()
+        if mistake := deployment.mistake.remote().result(timeout_s=PATIENCE):
+            raise mistake
+
+    def do(self, job: Job, args: tuple) -> tuple[object, float]:
+        """Raises InputError as the job does, and Refused (503) where replicas die of it or none is there."""
+        sent = tuple(self._sent(one) if isinstance(one, ClassSet) else one for one in args)
+        for _ in range(TRIES):
+            try:
+                answer = self._deployment.do.remote(job, sent).result(timeout_s=PATIENCE)
+            except RayActorError:
+                continue
+            except (DeploymentUnavailableError, TimeoutError):
+                break
+            if isinstance(answer, InputError):
+                raise answer
+            return answer
+        raise Refused(
+            503, "model_lost", None, "the process with the model ended at this; try again, or a smaller photo."
+        )
+
+    def _sent(self, class_set: ClassSet) -> Shown:
+        if class_set not in self._shown:  # freed when the class set is
+            self._shown[class_set] = Shown(class_set.key, [ray.put(class_set.supports)])
+        return self._shown[class_set]
+
+
+class Share(NamedTuple):
+    """Of the cluster for one replica."""
+
+    cpus: float
+    gpus: float
+
+
+@contextmanager
+def replicas_queue(config: ServeConfig) -> Iterator[JobQueue]:
+    """The queue before `config.replicas` models, until the end of the block.
+
+    Raises InputError for a cluster that does not answer or is too small, and for a checkpoint that cannot be used.
+    """
+    with ray_session():
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        share = share_of(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        device = config.device if not share.gpus else "cuda"  # a replica sees its own GPU alone
+        its = {
+            "checkpoint": os.path.abspath(config.checkpoint)
+            if os.path.exists(config.checkpoint)
+            else config.checkpoint,
+            "weights": config.weights and config.weights.absolute(),
+            "device": "cpu" if device == "auto" else device,
+            "threads": config.threads or max(1, int(share.cpus)),
+        }
+        model = serve.deployment(
+            Replica,
+            name="model",
+            num_replicas=config.replicas,
+            max_ongoing_requests=1,
+            ray_actor_options={"num_cpus": share.cpus, "num_gpus": share.gpus},
+            health_check_period_s=2,  # 10 by default: so long a replica that died would not be missed
+            graceful_shutdown_timeout_s=5,
+            logging_config={"log_level": "WARNING"},
+        )
+        name = f"label-anything-{socket.gethostname()}-{config.port}"  # replaces what a killed server left behind
+        serve.start(proxy_location="Disabled")  # no port of its own
+        try:
+            handle = serve.run(model.bind(config.model_copy(update=its)), name=name, route_prefix=None)
+            queue = JobQueue(Replicas(handle).do, config.max_waiting, config.replicas)
+            try:
+                yield queue
+            finally:
+                queue.close()
+        finally:
+            serve.delete(name)
+
+
+def share_of(config: ServeConfig, nodes: list[dict[str, float]]) -> Share:
+    """What one replica gets of nodes with these resources, so that all have room.
+
+    Without --threads the CPUs are shared; GPUs are, where there are fewer of them than replicas. Raises InputError
+    where there is no room.
+    """
+    count = config.replicas
+    gpus = int(sum(node.get("GPU", 0) for node in nodes)) if config.device != "cpu" else 0
+    if config.device.startswith("cuda") and not gpus:
+        raise InputError(f"--device {config.device} with --replicas: Ray has no GPU. Use --device cpu or auto.")
+    cpus = [node.get("CPU", 0) for node in nodes]
+
+    def room(each: float) -> bool:
+        return sum(int(have / each) for have in cpus) >= count
+
+    if config.threads:
+        if not room(config.threads):
+            raise InputError(
+                f"--replicas {count} times --threads {config.threads}: Ray has {sum(cpus):.0f} CPUs. Pass fewer."
+            )
+        share: float = config.threads
+    else:
+        share = next((each for each in range(int(sum(cpus) / count), 0, -1) if room(each)), 0)
+        share = share or int(100 * sum(cpus) / count) / 100
+    return Share(share, int(100 / -(-count // gpus)) / 100 if gpus else 0)
