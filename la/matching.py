@@ -155,11 +155,10 @@ class Annotated:
 
     def values(self, slots: int) -> Tensor:
         """(L, C, n): how much a support's tokens belong to each class; in place of slot 0, the number of its pairs."""
-        classes = torch.cat((self.slot % slots, torch.zeros_like(self.slot)))
-        places = self.photo.repeat(2) * slots + classes
-        values = self.weight.new_zeros(len(self.mapped) * slots, self.weight.shape[1])
-        values.index_add_(0, places, torch.cat((self.weight, torch.ones_like(self.weight))))
-        return values.unflatten(0, (-1, slots))
+        values = self.weight.new_zeros(len(self.mapped), slots, self.weight.shape[1])
+        values.flatten(0, 1).index_add_(0, self.photo * slots + self.slot % slots, self.weight)
+        values[:, 0].index_add_(0, self.photo, torch.ones_like(self.weight))
+        return values
 
 
 class _Sums:
