@@ -18,6 +18,7 @@ from commands.common import (
     CocoOption,
     DeviceOption,
     FoldOption,
+    OtherCocoOption,
     RepeatsOption,
     ShotsOption,
     SizeOption,
@@ -199,9 +200,7 @@ def bench_sweep(
 
 @app.command("all")
 def bench_all(
-    coco_dir: Annotated[
-        Path | None, typer.Option(help="The photos of the store, to measure featurizing as well.")
-    ] = None,
+    coco_dir: OtherCocoOption = None,
     weights: WeightsOption = None,
     out: Annotated[Path | None, typer.Option(help="JSON file; default: artifacts/bench.json in the workspace.")] = None,
     workspace: WorkspaceOption = WORKSPACE,

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from la.errors import InputError
 from pipelines.notice import Stopped
+from pipelines.places import place
 
 console = Console()
 
@@ -51,7 +52,16 @@ WaysOption = Annotated[int, typer.Option("--ways", min=1, help="Classes of an ep
 ShotsOption = Annotated[int, typer.Option("--shots", min=1, help="Support images of each class.")]
 SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Sets of episodes; mean and std are over them.")]
 EpisodesOption = Annotated[int, typer.Option("--episodes", min=1, help="Episodes of each seed.")]
-CocoOption = Annotated[Path, typer.Option("--coco-dir", help="Folder with annotations/, train2017/ and val2017/.")]
+OtherCocoOption = Annotated[
+    Path | None,
+    typer.Option("--coco-dir", parser=place, metavar="DIR", help="Where the photos are: a folder, or the URI of one."),
+]
+CocoOption = Annotated[
+    Path,
+    typer.Option(
+        "--coco-dir", parser=place, metavar="DIR", help="Folder or URI with annotations/, train2017/, val2017/."
+    ),
+]
 BackboneOption = Annotated[str, typer.Option("--backbone", help="Any ViT of timm.")]
 WeightsOption = Annotated[
     Path | None, typer.Option("--weights", help="Local weights in timm's names; default: timm's hub.")

@@ -1,6 +1,5 @@
 """Photos to features, features to episodes."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -14,6 +13,7 @@ from commands.common import (
     DeviceOption,
     EpisodesOption,
     FoldsOption,
+    OtherCocoOption,
     PromptOption,
     SeedsOption,
     SizeOption,
@@ -150,7 +150,7 @@ def pull(uri: UriArgument, workspace: WorkspaceOption = WORKSPACE, store: StoreO
 def verify(
     sample: Annotated[int, typer.Option(min=0, help="Photos featurized again and compared.")] = 8,
     repair: Annotated[bool, typer.Option("--repair", help="Make the bad files again, and only these.")] = False,
-    coco_dir: Annotated[Path | None, typer.Option(help="Where the photos are now, if they were moved.")] = None,
+    coco_dir: OtherCocoOption = None,
     weights: WeightsOption = None,
     workers: Annotated[int, typer.Option(min=0, help="Ray Data workers of a repair; 0 works in this process.")] = 0,
     workspace: WorkspaceOption = WORKSPACE,

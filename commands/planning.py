@@ -14,6 +14,7 @@ from commands.common import (
     BackboneOption,
     BatchScaleOption,
     DeviceOption,
+    OtherCocoOption,
     RecipeOption,
     SizeOption,
     ThreadsOption,
@@ -57,7 +58,7 @@ def plan(
     verify: Annotated[
         bool, typer.Option("--verify", help="Hold the plan against a small real run made now, on --coco-dir.")
     ] = False,
-    coco_dir: Annotated[Path | None, typer.Option("--coco-dir", help="COCO folder for --verify.")] = None,
+    coco_dir: OtherCocoOption = None,
     weights: WeightsOption = None,
     photos: Annotated[int, typer.Option(min=30, help="Photos of --verify, at most.")] = 322,
     clock: Annotated[

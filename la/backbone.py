@@ -70,7 +70,7 @@ def decode_photo(path: Path, expected: tuple[int, int] | None = None) -> Image.I
     """
     skip = "or pass --skip-bad to leave such photos out."
     try:
-        with Image.open(path, formats=PHOTO_FORMATS) as photo:
+        with path.open("rb") as file, Image.open(file, formats=PHOTO_FORMATS) as photo:
             width, height = photo.size
             if expected is not None and (height, width) != tuple(expected):
                 raise InputError(

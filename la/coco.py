@@ -95,10 +95,10 @@ class Dataset:
 def find_splits(coco_dir: Path, names: Mapping[str, str] | None = None) -> dict[str, tuple[Path, Path]]:
     """{"train": (annotation file, photo folder), "val": ...} of a folder laid out as COCO is downloaded.
 
+    `coco_dir` is a Path, or what reads like one, such as a folder on object storage; so are the paths returned.
     `names` maps "train" and "val" to split names such as "train2014"; by default the newest year that has both an
     annotation file and a photo folder. Raises InputError where the folder or a split is missing.
     """
-    coco_dir = Path(coco_dir)
     if not coco_dir.is_dir():
         raise InputError(
             f"--coco-dir {coco_dir} is not a folder. Expected annotations/instances_train2017.json, "
@@ -134,7 +134,7 @@ def load_coco(file: Path, photos: Path | None, split: str) -> Dataset:
     annotation of an unknown image or category, and a photo that is not a file of the folder.
     """
     try:
-        content = json.loads(Path(file).read_bytes())
+        content = json.loads(file.read_bytes())
         raw_images, raw_annotations, raw_categories = (content[f] for f in ("images", "annotations", "categories"))
         if not all(isinstance(listed, list) for listed in (raw_images, raw_annotations, raw_categories)):
             raise TypeError("`images`, `annotations` and `categories` must be lists")
@@ -146,7 +146,7 @@ def load_coco(file: Path, photos: Path | None, split: str) -> Dataset:
     categories = _by_id(raw_categories, "categories", _category, file)
     images = _by_id(raw_images, "images", _image, file)
     if photos is not None:
-        _check_photos(images, file, Path(photos))
+        _check_photos(images, file, photos)
     read = partial(_annotation, images=images, categories=categories)
     found = list(_by_id(raw_annotations, "annotations", read, file).values())
     for raw in raw_images:
@@ -226,16 +226,18 @@ def check_image(image: Image) -> None:
 
 def _check_photos(images: dict[int, Image], file: Path, photos: Path) -> None:
     """Every image is a regular file that lies in the folder, not a link that leads out of it."""
-    with os.scandir(photos) as entries:
-        present = {entry.name: entry for entry in entries}
-    folder = photos.resolve()
+    here = isinstance(photos, Path)
+    present = {entry.name: entry for entry in os.scandir(photos)} if here else photos.file_names()
+    folder = photos.resolve() if here else None
     for image in images.values():
-        entry = present.get(image.file_name)
         where = f"{file}: image {image.id} names {image.file_name}, which"
-        if entry is None:
+        if image.file_name not in present:
             raise InputError(
                 f"{where} is not in {photos}. Finish the download, or remove the image from the annotation file."
             )
+        if not here:
+            continue
+        entry = present[image.file_name]
         if entry.is_symlink() and Path(entry.path).resolve().parent != folder:
             raise InputError(
                 f"{where} is a link that leads out of {photos}. Put the photo itself or a hard link there, or link "

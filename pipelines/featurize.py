@@ -19,8 +19,9 @@ from la.backbone import LAYER, identify_weights, preprocessing
 from la.coco import Dataset, find_splits, load_coco
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig
+from pipelines.ray_shards import make_with_ray
 from pipelines.remote import RemoteStores
-from pipelines.shard_maker import Shard, ShardMaker, make_with_ray
+from pipelines.shard_maker import Shard, ShardMaker
 from pipelines.shards import ShardNote, StoreSettings, open_shard, shard_file
 from pipelines.store import SplitInfo, StoreInfo, finish_store, read_info
 from pipelines.workspace import Workspace
@@ -43,7 +44,7 @@ def store_settings(config: FeaturizeConfig, splits: dict[str, tuple[Path, Path]]
     """All that decides the features, without loading annotations or the model. Raises InputError as its parts do."""
     digests = {}
     for split, (file, _) in splits.items():
-        with open(file, "rb") as content:
+        with file.open("rb") as content:
             digests[split] = hashlib.file_digest(content, "sha256").hexdigest()
     return StoreSettings(
         annotations=digests,
@@ -172,11 +173,7 @@ def make_shards(
 ) -> Iterator[tuple[Shard, ShardNote]]:
     """Make shards, here or by `config.workers`; yields each as it is done. `advance` gets photos and their seconds."""
     if config.workers:
-        by_place = {(shard.split, shard.number): shard for shard in missing}
-        for note, seconds in make_with_ray(config, settings, missing):
-            shard = by_place[note.split, note.number]
-            advance(len(shard.images), seconds)
-            yield shard, note
+        yield from make_with_ray(config, settings, missing, advance)
     else:
         maker = ShardMaker(config, settings)
         for shard in missing:

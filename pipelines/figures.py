@@ -20,6 +20,7 @@ from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig
 from pipelines.episodes import draw, ensure_episodes, evaluation_plan
 from pipelines.methods import Method, find_method
+from pipelines.places import place
 from pipelines.store import FeatureStore
 from pipelines.workspace import Workspace, write_whole
 
@@ -118,7 +119,7 @@ def _photo(builder: BatchBuilder, image_id: int) -> np.ndarray:
     image = builder.dataset.images[image_id]
     info = builder.store.info
     split = next(s for s in info.splits if image_id in builder.store.dataset(s).images)
-    path = Path(info.coco_dir) / info.splits[split].name / image.file_name
+    path = place(info.coco_dir) / info.splits[split].name / image.file_name
     try:
         return np.asarray(decode_photo(path, (image.height, image.width)))
     except InputError:

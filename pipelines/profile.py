@@ -19,6 +19,7 @@ from la.device import pick_device
 from la.errors import InputError
 from la.folds import FOLDS
 from la.model import preset
+from pipelines.places import place
 from pipelines.profile_cell import SPLIT, WAYS, Cell, measure
 from pipelines.store import FeatureStore
 from pipelines.workspace import Workspace, write_text
@@ -192,7 +193,7 @@ def _check(cell: Cell, shots: list[int], methods: list[str]) -> None:
 def _missing_for_backbone(cell: Cell) -> str | None:
     """Why photos cannot go through the store's backbone, and what to do; None where they can."""
     info = FeatureStore(cell.store).info
-    folder = Path(info.coco_dir) / info.splits[SPLIT].name
+    folder = place(info.coco_dir) / info.splits[SPLIT].name
     if not folder.is_dir():
         return f"from photos: {folder} is not there. Put the store's photos back there, or pass --no-backbone."
     if cell.weights is None and not info.weights.startswith("hub:"):

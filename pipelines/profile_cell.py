@@ -29,6 +29,7 @@ from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig
 from pipelines.episodes import draw, evaluation_plan, repeated
 from pipelines.methods import load_checkpoint
+from pipelines.places import place
 from pipelines.store import FeatureStore
 
 WAYS = 5  # of table 2
@@ -197,7 +198,7 @@ class _Photos(FeatureStore):
         """(n, 3, S, S) uint8."""
         from la.backbone import read_photo
 
-        folder = Path(self.info.coco_dir) / self.info.splits[SPLIT].name
+        folder = place(self.info.coco_dir) / self.info.splits[SPLIT].name
         images = [self.dataset(SPLIT).images[i] for i in image_ids]
         size = self.info.image_size
         return torch.stack([read_photo(folder / i.file_name, size, (i.height, i.width)) for i in images])

@@ -1,7 +1,6 @@
 """The plan's arithmetic held against real runs: a small one made here and now, or one that a workspace recorded."""
 
 import json
-import shutil
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
 from pipelines.episodes import ensure_episodes, evaluation_plan, training_plan
 from pipelines.evaluate import evaluate, tasks_of
 from pipelines.featurize import FeaturizeReport, featurize
+from pipelines.places import Place
 from pipelines.probes import Clock, made_up_store, measure_featurizing, measure_reading, measure_training
 from pipelines.store import FeatureStore
 from pipelines.training import train
@@ -218,7 +218,7 @@ def timed(work: Callable, clock: Clock) -> float:
     return clock() - started
 
 
-def some_photos(coco_dir: Path, folder: Path, most: int) -> Path:
+def some_photos(coco_dir: Place, folder: Path, most: int) -> Path:
     """A COCO folder of at most so many photos, a third of them for validation, spread over those of `coco_dir`.
 
     Raises InputError as `load_coco` does.
@@ -235,7 +235,5 @@ def some_photos(coco_dir: Path, folder: Path, most: int) -> Path:
         (folder / "annotations" / file.name).write_text(json.dumps(content))
         (folder / photos.name).mkdir()
         for image in chosen:
-            source, target = photos.absolute() / image["file_name"], folder / photos.name / image["file_name"]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+            (folder / photos.name / image["file_name"]).write_bytes((photos / image["file_name"]).read_bytes())
     return folder

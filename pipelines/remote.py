@@ -1,29 +1,21 @@
-"""Feature stores on object storage: any filesystem of pyarrow, named by a URI such as s3://bucket/folder or gs://...
+"""Feature stores on object storage: any filesystem of pyarrow, named by a URI as `pipelines.places` has them."""
 
-An S3 server of one's own is named in the URI, s3://bucket/folder?endpoint_override=host:9000&scheme=http, or by
-AWS_ENDPOINT_URL; credentials are those that its tools use, from the environment or ~/.aws.
-"""
-
-import random
 import re
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import pyarrow as pa
 from pyarrow import fs
 
 from la.errors import InputError
+from pipelines.places import filesystem, patiently
 from pipelines.shards import checked_shard, open_shard
 from pipelines.store import StoreInfo, read_info
 from pipelines.workspace import write_whole
 
 T = TypeVar("T")
 OnFile = Callable[[int, int], None]  # (files done, of all)
-PATIENCE = 300.0  # seconds that a server may fail before it counts as down
-LONGEST_PAUSE = 20.0  # seconds
 CHUNK = 8 << 20  # bytes copied at once
 _SHARD = re.compile(r"(train|val)/part-\d{5,9}\.parquet")
 PUTS_WHOLE = ("s3", "gcs")  # filesystems where a file appears when its writing ends, and not before
@@ -35,15 +27,10 @@ class RemoteStores:
     A server's errors are waited out, see PATIENCE. Raises InputError for a URI that cannot be used.
     """
 
-    def __init__(self, uri: str, patience: float = PATIENCE):
+    def __init__(self, uri: str, patience: float | None = None):
         self.uri = uri
         self._patience = patience
-        try:
-            self._fs, self._root = fs.FileSystem.from_uri(uri)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise InputError(
-                f"{uri} is no folder that pyarrow can reach ({error!s:.200}). Expected s3://, gs:// or file:///."
-            ) from error
+        self._fs, self._root = filesystem(uri)
 
     def put(self, store: Path, file: str) -> None:
         """Copy a file of a local store there, whole or not at all."""
@@ -140,21 +127,7 @@ class RemoteStores:
         return {one.path.removeprefix(top + "/"): one.size for one in found if one.type == fs.FileType.File}
 
     def _patiently(self, call: Callable[[], T]) -> T:
-        """`call`, again and again while the server fails; other mistakes at once."""
-        until, pause = time.monotonic() + self._patience, 0.5
-        while True:
-            try:
-                return call()
-            except (FileNotFoundError, PermissionError) as error:
-                raise InputError(f"{self.uri}: {error!s:.300}") from error
-            except OSError as error:
-                refused = "ACCESS_DENIED" in str(error) or "NO_SUCH_BUCKET" in str(error)
-                if refused or time.monotonic() + pause > until:
-                    raise InputError(
-                        f"{self.uri} does not work ({error!s:.300}). Mend it, then the same command goes on."
-                    ) from error
-            time.sleep(pause * random.uniform(0.5, 1.0))  # workers that fail together do not come back together
-            pause = min(2 * pause, LONGEST_PAUSE)
+        return patiently(self.uri, call, self._patience)
 
 
 def files_of(info: StoreInfo) -> list[str]:

@@ -8,9 +8,11 @@ puts the bytes of an image in one piece at the end of its column chunk. So any P
 import hashlib
 import math
 import mmap
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +23,7 @@ from la.coco import Image
 from la.errors import InputError
 from la.quantised import quantise
 from pipelines.config import StoredDtype
-from pipelines.workspace import digest, write_whole
+from pipelines.workspace import digest, temporary_beside
 
 FORMAT = 1  # of the files; raised whenever an older reader would misread a newer store
 FLOAT16, INT8 = "<f2", "<i1"  # numpy's names of the stored numbers, little-endian
@@ -92,37 +94,73 @@ def parse_shard_file(file: str) -> tuple[str, int]:
     return split, int(name.removeprefix("part-").removesuffix(".parquet"))
 
 
-def write_shard(
-    path: Path, settings: StoreSettings, note: ShardNote, rows: Iterable[tuple[Image, np.ndarray]]
-) -> ShardNote:
-    """Write (image, (h, w, C) float16) rows as one shard: under a temporary name, renamed when whole.
+class ShardWriter:
+    """Writes the images of one shard one by one, under a temporary name, which `finish` makes the shard's own.
 
-    An int8 store holds of each image its scales, (h, w) float16, and then its values, (h, w, C) int8. `rows` may be a
-    generator; `note.skipped` is read only after the last row. Returns the note with its checksum.
+    An int8 store holds of each image its scales, (h, w) float16, and then its values, (h, w, C) int8. Leaving a `with`
+    block without `finish` leaves nothing behind.
     """
-    schema = FEATURES.with_metadata({_SETTINGS: settings.model_dump_json()})
-    total = hashlib.sha256()
 
-    def write(temporary: Path) -> ShardNote:
-        with pq.ParquetWriter(
-            temporary,
-            schema,
+    def __init__(self, path: Path, settings: StoreSettings):
+        self._path, self._settings = path, settings
+        self._temporary = temporary_beside(path)
+        self._schema = FEATURES.with_metadata({_SETTINGS: settings.model_dump_json()})
+        self._total = hashlib.sha256()
+        self._writer = pq.ParquetWriter(
+            self._temporary,
+            self._schema,
             compression="none",
             use_dictionary=False,
             write_statistics=False,
             write_page_checksum=True,
             data_page_size=1 << 30,  # bytes; a photo is never cut into pages
-        ) as writer:
-            for image, features in rows:
-                content = _encoded(features, settings.dtype)
-                total.update(content)
-                columns = [[image.id], [image.height], [image.width], [content]]
-                writer.write_table(pa.table(columns, schema=schema), row_group_size=1)
-            whole = note.model_copy(update={"features_sha256": total.hexdigest()})
-            writer.add_key_value_metadata({_SHARD: whole.model_dump_json()})
+        )
+
+    def add(self, image: Image, features: np.ndarray) -> None:
+        """features (h, w, C) float16. Raises InputError where the file cannot be written, on a full disk say."""
+        content = _encoded(features, self._settings.dtype)
+        self._total.update(content)
+        columns = [[image.id], [image.height], [image.width], [content]]
+        with self._told():
+            self._writer.write_table(pa.table(columns, schema=self._schema), row_group_size=1)
+
+    def finish(self, note: ShardNote) -> ShardNote:
+        """Close the shard; returns the note that it holds, `note` with the features' checksum. InputError as `add`."""
+        whole = note.model_copy(update={"features_sha256": self._total.hexdigest()})
+        with self._told():
+            self._writer.add_key_value_metadata({_SHARD: whole.model_dump_json()})
+            self._writer.close()
+            os.replace(self._temporary, self._path)
         return whole
 
-    return write_whole(path, write)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            with suppress(OSError):  # what made the disk full has been told
+                self._writer.close()
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self._path} cannot be written ({error}). Make room, then the same command goes on where it was."
+            ) from error
+
+
+def write_shard(
+    path: Path, settings: StoreSettings, note: ShardNote, rows: Iterable[tuple[Image, np.ndarray]]
+) -> ShardNote:
+    """Write (image, (h, w, C) float16) rows as one shard, whole or not at all. Returns the note with its checksum."""
+    with ShardWriter(path, settings) as shard:
+        for image, features in rows:
+            shard.add(image, features)
+        return shard.finish(note)
 
 
 def _encoded(features: np.ndarray, dtype: StoredDtype) -> bytes:

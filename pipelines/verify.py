@@ -14,6 +14,7 @@ from la.errors import InputError
 from la.quantised import Quantised, quantise
 from pipelines.config import FeaturizeConfig, VerifyConfig
 from pipelines.featurize import make_shards, plan_shards, store_settings, without
+from pipelines.places import place
 from pipelines.shard_maker import Shard
 from pipelines.shards import FEATURES, MappedShard, ShardNote, open_shard, parse_shard_file, shard_file
 from pipelines.store import FeatureStore, finish_store, read_index
@@ -131,7 +132,7 @@ def _check_shard(store: FeatureStore, file: str, placed: list[int] | None) -> No
 
 def _photos(store: FeatureStore, config: VerifyConfig) -> dict[str, Path]:
     """split -> folder of its photos. Raises InputError where one is not there."""
-    root = Path(config.coco_dir or store.info.coco_dir)
+    root = place(config.coco_dir or store.info.coco_dir)
     folders = {split: root / about.name for split, about in store.info.splits.items()}
     for folder in folders.values():
         if not folder.is_dir():
@@ -200,7 +201,7 @@ def _repair(store: FeatureStore, bad: dict[str, str], config: VerifyConfig, on_p
     info = store.info
     featurizing = FeaturizeConfig(
         workspace=config.workspace,
-        coco_dir=Path(config.coco_dir or info.coco_dir).absolute(),
+        coco_dir=place(config.coco_dir or info.coco_dir).absolute(),
         train_split=info.splits["train"].name,
         val_split=info.splits["val"].name,
         backbone=info.backbone,

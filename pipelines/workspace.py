@@ -65,14 +65,19 @@ def digest(value: object, length: int = 12) -> str:
 
 def write_whole(path: Path, write: Callable[[Path], T]) -> T:
     """Let `write` fill a temporary file beside `path`, then rename it, so that `path` is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         result = write(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return result
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name in the folder of `path`, which is made, that no other process uses, on any machine that shares it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
 
 
 @contextmanager

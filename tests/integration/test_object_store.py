@@ -1,19 +1,23 @@
 """Stores on an S3 server, which moto plays, whole and half made, well and failing."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 from typer.testing import CliRunner
 
 import cli
 import pipelines.shard_maker
 from la.errors import InputError
-from pipelines.config import FeaturizeConfig
+from pipelines.config import FeaturizeConfig, VerifyConfig
 from pipelines.drill_s3 import Server, s3_server
 from pipelines.featurize import featurize
+from pipelines.places import filesystem, place
 from pipelines.remote import RemoteStores
 from pipelines.store import FeatureStore
+from pipelines.verify import verify
 from tests.conftest import TINY
 
 
@@ -121,3 +125,31 @@ def test_the_verbs_push_and_pull(config, tmp_path):
     assert run.exit_code == 0, run.output
     assert same(store, tmp_path / "other" / "features" / store.name)
     assert CliRunner().invoke(cli.app, ["pull", "nonsense://x", "--workspace", str(tmp_path)]).exit_code == 2
+
+
+@pytest.mark.timeout(240)
+def test_photos_are_read_from_a_server_that_fails_for_a_while(config, uri, server, tmp_path):
+    here = featurize(config).store
+    files, folder = filesystem(uri)
+    fs.copy_files(str(config.coco_dir), folder, destination_filesystem=files)
+    there = config.model_copy(update={"coco_dir": place(uri)})
+    for workers in (0, 2):
+        server.failing, server.failed = 12, 0
+        report = featurize(there.model_copy(update={"workspace": tmp_path / f"by-{workers}", "workers": workers}))
+        assert server.failed == 12
+        assert FeatureStore(report.store).info.shards == FeatureStore(here).info.shards
+    checked = verify(VerifyConfig(workspace=tmp_path / "by-0", weights=config.weights, sample=3, threads=1))
+    assert (checked.sampled, checked.difference, checked.bad) == (3, 0.0, {})
+
+    config.coco_dir.joinpath("train2017/000000000107.jpg").unlink()
+    files.delete_file(f"{folder}/train2017/000000000107.jpg")
+    with pytest.raises(InputError, match=r"000000000107.jpg, which is not in s3://"):
+        featurize(there.model_copy(update={"workspace": tmp_path / "again"}))
+
+
+@pytest.mark.parametrize("where", ["s3://no-such-bucket/coco", "nonsense://x", "s3://"])
+def test_a_folder_that_cannot_be_reached_is_told(config, where, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("pipelines.places.PATIENCE", 0.1)
+    with pytest.raises(InputError, match=re.escape(where)):
+        featurize(config.model_copy(update={"coco_dir": place(where)}))
