@@ -52,6 +52,8 @@ class Replica:
 
     def do(self, job: Job, args: tuple) -> tuple[object, float] | InputError:
         """As `timed`, but with InputError returned: raised, it would arrive as one of Ray's."""
+        if self._mistake:
+            return self._mistake
         try:
             known = [self._class_set(one) if isinstance(one, Shown) else one for one in args]
             value, seconds = timed(self._jobs, job, tuple(known))
@@ -101,9 +103,9 @@ class Replicas:
         )
 
     def _sent(self, class_set: ClassSet) -> Shown:
-        if class_set not in self._shown:  # freed when the class set is
-            self._shown[class_set] = Shown(class_set.key, [ray.put(class_set.supports)])
-        return self._shown[class_set]
+        if (shown := self._shown.get(class_set)) is None:
+            shown = self._shown[class_set] = Shown(class_set.key, [ray.put(class_set.supports)])
+        return shown  # freed when the class set is
 
 
 class Share(NamedTuple):

@@ -1,134 +1,30 @@
 """The web page in a browser: marks on a support, a query, and a mask that is the predictor's to the pixel."""
 
-import base64
-import io
 import json
 import os
 import re
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import browser_page
+from page_driver import Marker, add_class, files_of, opened, overlay, saved, served, upload
 from PIL import Image
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 
 from la.predictor import Predictor
 from la.user_prompts import Box, Points
-from pipelines.demo.scenes import draw_scene
 
 pytest.importorskip("nicegui")
-ROOT = Path(__file__).parents[2]
 FIRST, SECOND = "wavy disc", "star & <b>"
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """Of `cli.py serve`, in a process of its own."""
-    log = tmp_path_factory.mktemp("serve") / "log"
-    command = [
-        sys.executable,
-        "cli.py",
-        "serve",
-        "--port",
-        "0",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--max-photos",
-        "3",
-    ]
-    with open(log, "w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=os.environ | {"COLUMNS": "200"})
-    try:
-        for _ in range(600):
-            if found := re.search(r"http://[\d.:]+", log.read_text()):
-                break
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        yield found[0]
-        assert process.poll() is None, log.read_text()
-        assert "Traceback" not in log.read_text(), log.read_text()
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-@contextmanager
-def opened(address: str, width: int = 1280):
-    """The page in a browser that must not complain, nor ask anything of another address."""
-    with browser_page(width) as (page, complaints):
-        elsewhere = []
-        local = (address, address.replace("http", "ws"), "data:", "blob:")
-        page.on("request", lambda request: None if request.url.startswith(local) else elsewhere.append(request.url))
-        page.set_default_timeout(30_000)
-        page.goto(address)
-        page.get_by_role("button", name="Show an example").wait_for()
-        yield page
-        assert not complaints
-        assert not elsewhere
-
-
-def files_of(tmp_path: Path, *numbers: int) -> list[Path]:
-    paths = [tmp_path / f"photo {number}.png" for number in numbers]
-    for path, number in zip(paths, numbers, strict=True):
-        Image.fromarray(draw_scene(7, "val2017", number, (240, 320)).image).save(path)
-    return paths
-
-
-def upload(page, which: str, *paths: Path) -> None:
-    page.locator(f'[aria-label="{which}"] input[type=file]').set_input_files(paths)
-
-
-def add_class(page, name: str) -> None:
-    page.get_by_label("Name of a class").fill(name)
-    page.get_by_role("button", name="Add class").click()
-    page.get_by_role("button", name=name, exact=True).wait_for()
-
-
-class Marker:
-    """Marks by the mouse, in pixels of a photo of 320 x 240."""
-
-    def __init__(self, page):
-        self._page = page
-        image = page.locator(".canvas img")
-        image.scroll_into_view_if_needed()
-        self._at = image.bounding_box()
-
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        return self._at["x"] + x * self._at["width"] / 320, self._at["y"] + y * self._at["height"] / 240
-
-    def click(self, x: float, y: float, button: str = "left") -> None:
-        self._page.mouse.click(*self.place(x, y), button=button)
-
-    def drag(self, *path: tuple[float, float]) -> None:
-        self._page.mouse.move(*self.place(*path[0]))
-        self._page.mouse.down()
-        for point in path[1:]:
-            self._page.mouse.move(*self.place(*point), steps=4)
-        self._page.mouse.up()
-
-
-def saved(page, button: str, folder: Path) -> Path:
-    with page.expect_download() as download:
-        page.get_by_role("button", name=button).click()
-    path = folder / f"download of {download.value.suggested_filename}"
-    download.value.save_as(path)
-    return path
-
-
-def overlay(page) -> np.ndarray:
-    """(H, W, 4) RGBA of the mask that is shown over the photo."""
-    url = page.locator("img.mask").get_attribute("src")
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGBA"))
+    with served(tmp_path_factory.mktemp("serve") / "log", "--max-photos", "3") as (address, _):
+        yield address
 
 
 def test_marks_of_every_tool_give_the_predictors_mask_to_the_pixel(address, tmp_path):
