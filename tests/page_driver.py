@@ -87,12 +87,12 @@ class Marker:
     def click(self, x: float, y: float, button: str = "left") -> None:
         self._page.mouse.click(*self.place(x, y), button=button)
 
-    def drag(self, *path: tuple[float, float]) -> None:
+    def drag(self, *path: tuple[float, float], button: str = "left") -> None:
         self._page.mouse.move(*self.place(*path[0]))
-        self._page.mouse.down()
+        self._page.mouse.down(button=button)
         for point in path[1:]:
             self._page.mouse.move(*self.place(*point), steps=4)
-        self._page.mouse.up()
+        self._page.mouse.up(button=button)
 
 
 def saved(page, button: str, folder: Path) -> Path:

@@ -7,6 +7,7 @@ from nicegui import ui
 from pipelines.serve.annotating import Mark, Session, Tool, corners
 
 TOOLS: dict[Tool, str] = {"inside": "Inside", "outside": "Outside", "box": "Box", "brush": "Brush", "eraser": "Eraser"}
+OTHER: dict[Tool, Tool] = {"inside": "outside", "brush": "eraser"}  # with Shift or the right button
 ARROWS = {"ArrowLeft": (-1, 0), "ArrowRight": (1, 0), "ArrowUp": (0, -1), "ArrowDown": (0, 1)}
 STEP = 0.02  # of the photo's longer side, that an arrow key moves the cursor
 MOST_MARKS, MOST_CORNERS = 500, 5000  # of a photo, of a stroke
@@ -32,7 +33,7 @@ class Canvas:
         self.image = ui.interactive_image(events=POINTER_EVENTS, sanitize=False).classes("canvas w-full rounded")
         self.image.props(
             'tabindex=0 role=application aria-label="Support photo. Arrow keys move a cursor, Enter uses the tool '
-            'there, Shift with Enter marks a point outside."'
+            'there, Shift with Enter outside for inside and eraser for brush."'
         )
         self.image.on("mouse", self._pointer, js_handler=ONLY_DRAGS)
         self.image.on("contextmenu", js_handler="(e) => e.preventDefault()")
@@ -95,14 +96,14 @@ class Canvas:
             if kind != "pointermove":
                 self._end()
 
-    def _begin(self, at: tuple[float, float], outside: bool) -> None:
+    def _begin(self, at: tuple[float, float], other: bool) -> None:
         if self._session.chosen is None:
             self._tell("Add a class first: marks say where it is.")
             return
         if len(self._session.photo.marks) >= MOST_MARKS:
             self._tell(f"There are {MOST_MARKS} marks on this photo, the most that are kept.")
             return
-        self._tool_under_way = "outside" if outside and self.tool == "inside" else self.tool
+        self._tool_under_way = OTHER.get(self.tool, self.tool) if other else self.tool
         self._path = [at]
         if self._tool_under_way in ("inside", "outside"):
             self._end()

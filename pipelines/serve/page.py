@@ -121,7 +121,7 @@ class Page:
 
     def _header(self) -> None:
         with ui.element("header").classes("w-full"):
-            with ui.row().classes("items-center justify-between w-full"):
+            with ui.row().classes("items-center justify-between w-full mb-2"):
                 ui.html("<h1>Label Anything</h1>", sanitize=False)
                 ui.button("Show an example", icon="auto_awesome", on_click=self._example).props("no-caps")
             ui.label("Mark what you mean on a photo or two; other photos are segmented alike.")
@@ -170,7 +170,7 @@ class Page:
                 size.props('label aria-label="Size of the brush in percent of the photo"')
             self._canvas = Canvas(self._session, self._warn)
             with ui.row().classes("items-center justify-between w-full"):
-                ui.label("Shift or the right button marks a point outside.").classes("text-sm text-gray-700")
+                ui.label("Shift or the right button: outside, eraser.").classes("text-sm text-gray-700")
                 _download("Marks as COCO", self._download_supports)
 
     def _draw_thumbnails(self) -> None:

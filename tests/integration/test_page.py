@@ -46,6 +46,8 @@ def test_marks_of_every_tool_give_the_predictors_mask_to_the_pixel(address, tmp_
         marker.drag((220, 140), (260, 160), (250, 200))
         marker.drag((10, 10), (30, 30))
         page.get_by_role("button", name="Undo").click()
+        marker.drag((40, 220), (80, 220))
+        marker.drag((30, 220), (90, 220), button="right")
 
         upload(page, "Add photos to segment", query)
         page.get_by_role("img", name="photo 102.png", exact=True).wait_for()
@@ -67,6 +69,7 @@ def test_marks_of_every_tool_give_the_predictors_mask_to_the_pixel(address, tmp_
     painted = rle_tools.decode(stroke["segmentation"])
     assert all(painted[y, x] for x, y in ((220, 140), (240, 150), (260, 160), (250, 200)))
     assert not painted[:100].any(), "the second stroke was undone"
+    assert painted[:, :120].sum() < 100, "the third was rubbed out, but for its edge"
     assert painted.sum() == pytest.approx(85 * 0.06 * 320, rel=0.35), "85 px of a brush 6 % of the photo wide"
 
     predictor = Predictor.from_checkpoint("demo", "cpu")
