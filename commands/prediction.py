@@ -35,7 +35,7 @@ def predict(
     ] = None,
     classes: Annotated[str | None, typer.Option(help="Of --support only these, such as cat,dog.")] = None,
     support_images: Annotated[
-        Path | None, typer.Option(help="Folder of the photos a COCO file names; default: near the file.")
+        Path | None, typer.Option(help="Folder of the supports' photos; default: where the file says, near it.")
     ] = None,
     support_selection: Annotated[
         Literal["random", "nearest"], typer.Option(help="nearest: for each photo the supports most like it.")

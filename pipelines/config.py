@@ -117,6 +117,7 @@ class TrainConfig(Settings):
     # model: switches of la.model.ModelConfig
     preset: str = "paper"  # or "official", "hybrid", "debug"
     dim: int | None = None  # D, channels after the neck; None: the preset's
+    depth: int | None = Field(None, ge=1)  # rounds of attention, or layers of the hybrid's decoder; None: the preset's
     token_pool: bool = True
     class_example_mixer: bool = True
     spatial_convs: bool = True
@@ -259,7 +260,7 @@ class PredictConfig(Settings):
     images: Path  # a folder of photos, or one photo
     out: Path
     classes: tuple[str, ...] = ()  # of `support`; none: all
-    support_images: Path | None = None  # folder of the photos that a COCO file names; None: near the file
+    support_images: Path | None = None  # folder of the supports' photos; None: near the file
     support_selection: Literal["random", "nearest"] = "random"  # nearest: the supports most like each photo
     shots: int | None = Field(None, ge=1)  # supports of each class; None: all
     seed: int = 0  # of the random selection

@@ -35,16 +35,18 @@ def read_support_files(
 ) -> SupportFiles:
     """What `source` annotates: a COCO instances file, or a labelme JSON or a folder of them.
 
-    `classes` leaves out all others; `photos` is the folder of a COCO file's photos, by default the file's own, an
-    `images` beside it, or the one of its name in a COCO download. Raises InputError, which names file and entry, for
+    `classes` leaves out all others; `photos` is the folder of the photos, by default where the file says below its
+    own folder; for a COCO file also an `images` beside it, or the folder of its name in a COCO download. A name or link
+    that leads out of the folder is not followed. Raises InputError, which names file and entry, for
     what cannot be read and where nothing is left.
     """
     source = Path(source)
     if source.is_dir():
-        found = _of_labelme_files(sorted(source.glob("*.json")), source)
+        found = _of_labelme_files(sorted(source.glob("*.json")), source, photos)
     elif source.is_file():
         content = _json(source)
-        found = _of_labelme_files([source], source) if "shapes" in content else _of_coco(source, content, photos)
+        labelme = "shapes" in content
+        found = _of_labelme_files([source], source, photos) if labelme else _of_coco(source, content, photos)
     else:
         raise InputError(f"--support {source} is not there. Pass a COCO instances file or a folder of labelme JSON.")
     return _only(found, classes, source)
@@ -90,26 +92,32 @@ def _coco_photo(file: Path, name: str, photos: Path | None) -> Path:
     split = file.stem.removeprefix("instances_")
     folders = [photos] if photos else [file.parent, file.parent / "images", file.parent.parent / split]
     for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
+        if (path := _inside(folder, name)) and path.is_file():
+            return path
     raise InputError(
-        f"{file} names {name}, which is not in {' or '.join(map(str, folders))}. Pass the photos' folder as "
+        f"{file} names {name!r:.200}, which is not in {' or '.join(map(str, folders))}. Pass the photos' folder as "
         "--support-images."
     )
 
 
-def _of_labelme_files(files: list[Path], source: Path) -> SupportFiles:
+def _inside(folder: Path, name: str) -> Path | None:
+    """The file of that name below the folder; None for a name or a link that leads out of it."""
+    path = folder / name
+    return path if path.resolve().is_relative_to(folder.resolve()) else None
+
+
+def _of_labelme_files(files: list[Path], source: Path, photos: Path | None) -> SupportFiles:
     if not files:
         raise InputError(f"--support {source} has no .json in it; expected labelme's, one beside each photo.")
-    read = [_of_labelme(file) for file in files]
+    read = [_of_labelme(file, photos) for file in files]
     return SupportFiles([photo for photo, _ in read], [prompts for _, prompts in read], {})
 
 
-def _of_labelme(file: Path) -> tuple[Photo, dict[str, list[Prompt]]]:
+def _of_labelme(file: Path, photos: Path | None) -> tuple[Photo, dict[str, list[Prompt]]]:
     content = _json(file)
     try:
         size = int(content["imageHeight"]), int(content["imageWidth"])
-        photo = _labelme_photo(file, content)
+        photo = _labelme_photo(file, content, photos)
         _same_size(photo, size, file)
         prompts: dict[str, list[Prompt]] = {}
         for number, shape in enumerate(content["shapes"]):
@@ -124,16 +132,20 @@ def _of_labelme(file: Path) -> tuple[Photo, dict[str, list[Prompt]]]:
     return photo, prompts
 
 
-def _labelme_photo(file: Path, content: dict) -> Photo:
-    path = file.parent / str(content["imagePath"]).replace("\\", "/")
-    if path.is_file():
+def _labelme_photo(file: Path, content: dict, photos: Path | None) -> Photo:
+    name = str(content["imagePath"]).replace("\\", "/")
+    path = _inside(photos, name.rsplit("/", 1)[-1]) if photos else _inside(file.parent, name)
+    if path and path.is_file():
         return path
     if content.get("imageData"):
         try:
             return Image.open(io.BytesIO(base64.b64decode(content["imageData"])), formats=PHOTO_FORMATS)
         except (binascii.Error, OSError, Image.DecompressionBombError) as error:
             raise InputError(f"{file}: `imageData` is no photo ({error}).") from error
-    raise InputError(f"{file} names {content['imagePath']}, which is not beside it, and holds no `imageData`.")
+    raise InputError(
+        f"{file} names {name!r:.200}, which is not in {photos or file.parent}, and holds no `imageData`. Pass the "
+        "photos' folder as --support-images."
+    )
 
 
 def _labelme_prompt(shape: Mapping[str, Any], size: tuple[int, int], where: str) -> Prompt:

@@ -185,13 +185,42 @@ def test_labelme_shapes_become_prompts(tmp_path):
         ([shape("line", [[1, 1], [2, 2]])], {}, "shape 0 is a line of 2 points"),
         ([{"label": "cat"}], {}, "is not labelme JSON .*points"),
         ([shape("point", [[1, 1]])], {"imageWidth": 61}, "is 60x40 pixels, but .* says 61x40"),
-        ([shape("point", [[1, 1]])], {"imagePath": "b.png"}, "names b.png, which is not beside it"),
+        ([shape("point", [[1, 1]])], {"imagePath": "b.png"}, "names 'b.png', which is not in"),
         ([], {}, "annotates nothing"),
     ],
 )
 def test_labelme_files_that_cannot_be_used_are_named(tmp_path, shapes, changes, message):
     with pytest.raises(InputError, match=message):
         read_support_files(labelme(tmp_path, shapes, **changes))
+
+
+def test_a_photo_of_a_labelme_file_may_be_elsewhere_if_one_says_where(tmp_path):
+    (tmp_path / "json").mkdir()
+    (tmp_path / "photos").mkdir()
+    folder = labelme(tmp_path / "json", [shape("point", [[1, 1]])], imagePath="..\\photos\\a.png")
+    (tmp_path / "json" / "a.png").rename(tmp_path / "photos" / "a.png")
+    assert read_support_files(folder, photos=tmp_path / "photos").photos == [tmp_path / "photos" / "a.png"]
+    with pytest.raises(InputError, match="--support-images"):
+        read_support_files(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "link.png", "{0}/secret.png"])
+def test_a_support_photo_outside_its_folder_is_not_opened(tmp_path, name):
+    (tmp_path / "sub").mkdir()
+    Image.new("RGB", (60, 40)).save(tmp_path / "secret.png")
+    (tmp_path / "sub" / "link.png").symlink_to(tmp_path / "secret.png")
+    name = name.format(tmp_path)
+    coco = {
+        "images": [{"id": 1, "file_name": name, "height": 40, "width": 60}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    (tmp_path / "sub" / "coco.json").write_text(json.dumps(coco))
+    with pytest.raises(InputError, match="which is not in"):
+        read_support_files(tmp_path / "sub" / "coco.json", photos=tmp_path / "sub")
+    folder = labelme(tmp_path / "sub", [shape("point", [[1, 1]])], imagePath=name)
+    with pytest.raises(InputError, match="which is not in"):
+        read_support_files(folder / "a.json")
 
 
 def test_support_files_that_cannot_be_used_are_named(scenes, tmp_path):
