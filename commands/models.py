@@ -58,6 +58,9 @@ def train(
         str, typer.Option(help="paper (1.4 M parameters), official (10.1 M), hybrid (matching maps) or debug (tiny).")
     ] = "paper",
     dim: Annotated[int | None, typer.Option(help="D, channels after the neck; default the preset's.")] = None,
+    depth: Annotated[
+        int | None, typer.Option(min=1, help="Rounds of attention, or the hybrid's layers; default the preset's.")
+    ] = None,
     token_pool: Annotated[bool, typer.Option(help="The token pool (paper, official).")] = True,
     mixer: Annotated[bool, typer.Option(help="The class-example mixer (paper, official).")] = True,
     spatial_convs: Annotated[bool, typer.Option(help="The decoder's spatial convolutions.")] = True,
@@ -132,6 +135,7 @@ def train(
             checkpoint_every=checkpoint_every,
             preset=preset,
             dim=dim,
+            depth=depth,
             token_pool=token_pool,
             class_example_mixer=mixer,
             spatial_convs=spatial_convs,

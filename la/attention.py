@@ -128,7 +128,7 @@ class TwoWayLayer(nn.Module):
 class TwoWayTransformer(nn.Module):
     """Two-way layers, then a last look of the tokens at the image. A token's position is its first value."""
 
-    def __init__(self, dim: int, heads: int, feed_forward: int, depth: int = 2):
+    def __init__(self, dim: int, heads: int, feed_forward: int, depth: int):
         super().__init__()
         self.layers = nn.ModuleList(TwoWayLayer(dim, heads, feed_forward, first=i == 0) for i in range(depth))
         self.last_attention = Attention(dim, dim // 2, heads)

@@ -25,14 +25,21 @@ class QueryClassAttention(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Equations 5 to 7. `feed_forward` channels make 5 and 6 the two-way transformer of the released model."""
+    """Equations 5 to 7, with `depth` rounds of 5 and 6.
 
-    def __init__(self, dim: int, heads: int = 8, spatial_convs: bool = True, feed_forward: int | None = None):
+    `feed_forward` channels make them the two-way transformer of the released model.
+    """
+
+    def __init__(
+        self, dim: int, heads: int = 8, depth: int = 1, spatial_convs: bool = True, feed_forward: int | None = None
+    ):
         super().__init__()
         narrow = dim // 8
         self.attention = (
-            TwoWayTransformer(dim, heads, feed_forward) if feed_forward else QueryClassAttention(dim, heads)
+            TwoWayTransformer(dim, heads, feed_forward, depth) if feed_forward else QueryClassAttention(dim, heads)
         )
+        more = 0 if feed_forward else depth - 1
+        self.more = nn.ModuleList(QueryClassAttention(dim, heads) for _ in range(more))
         self.upscaling = nn.Sequential(
             nn.ConvTranspose2d(dim, dim // 4, 2, stride=2),
             LayerNorm2d(dim // 4),

@@ -27,6 +27,7 @@ class HybridConfig:
 
     channels: int = 768  # Dv, channels of the backbone's features
     dim: int = 32  # channels of the decoder
+    depth: int = 1  # its layers after the first
     match_prototypes: bool = True
     match_affinity: bool = True
     object_metric: bool = True
@@ -48,7 +49,9 @@ class Hybrid(nn.Module):
             if config.objectness
             else None
         )
-        self.decoder = MapDecoder(self.matching.votes, config.objectness, config.dim, config.spatial_convs)
+        self.decoder = MapDecoder(
+            self.matching.votes, config.objectness, config.dim, config.depth, config.spatial_convs
+        )
 
     def forward(self, batch: EpisodeBatch, seeds: Sequence[int] | None = None) -> Tensor:
         """Logits (B, C, 4h, 4w), slot 0 the background; `seeds` draw the maps that training leaves out."""
@@ -86,11 +89,13 @@ class MapDecoder(nn.Module):
     their neighbours as well.
     """
 
-    def __init__(self, votes: Sequence[float], looks: int, dim: int, spatial_convs: bool):
+    def __init__(self, votes: Sequence[float], looks: int, dim: int, depth: int, spatial_convs: bool):
         super().__init__()
         self.calibration = nn.Conv2d(len(votes), 1, 1)
         self.mix = nn.Conv2d(len(votes) + looks, dim, 1)
         self.spatial = nn.Conv2d(dim, dim, 3, padding=1) if spatial_convs else None
+        wide = 3 if spatial_convs else 1
+        self.more = nn.ModuleList(nn.Conv2d(dim, dim, wide, padding=wide // 2) for _ in range(depth - 1))
         self.out = nn.Conv2d(dim, 1, 1)
         self.calibration.weight.data.copy_(torch.tensor(votes)[None, :, None, None])
         for start in (self.calibration.bias, self.out.weight, self.out.bias):
@@ -99,6 +104,6 @@ class MapDecoder(nn.Module):
     def forward(self, maps: Tensor, seen: Tensor) -> Tensor:
         """All maps (B, K, h, w) and what the layers see, (B, K + looks, h, w) -> (B, h, w)."""
         mixed = F.gelu(self.mix(seen))
-        if self.spatial is not None:
-            mixed = mixed + F.gelu(self.spatial(mixed))
+        for layer in filter(None, (self.spatial, *self.more)):
+            mixed = mixed + F.gelu(layer(mixed))
         return (self.calibration(maps) + self.out(mixed))[:, 0]

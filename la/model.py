@@ -22,6 +22,7 @@ class ModelConfig:
     channels: int = 768  # Dv, channels of the backbone's features
     dim: int = 256  # D, channels after the neck
     heads: int = 8
+    depth: int = 0  # rounds of attention, of prompts and image, of classes and query; 0: 1, or 2 in the released model
     token_pool: bool = True
     class_example_mixer: bool = True
     spatial_convs: bool = True
@@ -35,6 +36,8 @@ class ModelConfig:
     mask_px: int | None = None  # side of mask prompts; None: four cells to a feature cell
 
     def __post_init__(self):
+        if not self.depth:
+            object.__setattr__(self, "depth", 2 if self.two_way_ffn else 1)
         if self.dim % (2 * self.heads):
             raise InputError(f"--dim {self.dim} must be a multiple of {2 * self.heads} (two per attention head).")
         if bool(self.two_way_ffn) != bool(self.block_ffn):
@@ -94,9 +97,10 @@ class LabelAnything(nn.Module):
         dim, heads, wide, block = config.dim, config.heads, config.two_way_ffn, config.block_ffn
         self.neck = Neck(config.channels, dim, refine=bool(wide))
         self.prompt_encoder = PromptEncoder(dim, heads, config.token_pool, block, pad_tokens=config.absent_pairs)
-        self.fusion = TwoWayFusion(dim, heads, wide) if wide else ImagePromptFusion(dim, heads)
+        fusion = TwoWayFusion(dim, heads, config.depth, wide) if wide else ImagePromptFusion(dim, heads, config.depth)
+        self.fusion = fusion
         self.mixer = ClassExampleMixer(dim, heads, config.class_example_mixer, block, jointly=bool(block))
-        self.decoder = MaskDecoder(dim, heads, config.spatial_convs, wide)
+        self.decoder = MaskDecoder(dim, heads, config.depth, config.spatial_convs, wide)
 
     def forward(self, batch: EpisodeBatch, seeds: Sequence[int] | None = None) -> Tensor:
         """Logits (B, C, 4h, 4w), slot 0 the background.

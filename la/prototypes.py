@@ -11,22 +11,25 @@ class ImagePromptFusion(nn.Module):
 
     The equations write no residual; without one, equation 3 keeps nothing of the image but what the prompts say. As in
     the two-way transformer that the text names, each attention has a residual and a layer norm after it. There is no
-    feed-forward block, and attention works at width D/2.
+    feed-forward block, and attention works at width D/2. `depth` goes through equations 2 and 3 so many times, each
+    time with weights of its own.
     """
 
-    def __init__(self, dim: int, heads: int = 8):
+    def __init__(self, dim: int, heads: int = 8, depth: int = 1):
         super().__init__()
         self.token_to_image = Attention(dim, dim // 2, heads)
         self.image_to_token = Attention(dim, dim // 2, heads)
         self.token_norm = nn.LayerNorm(dim)
         self.image_norm = nn.LayerNorm(dim)
+        self.more = nn.ModuleList(ImagePromptFusion(dim, heads) for _ in range(depth - 1))
 
     def forward(self, image: Tensor, dense: Tensor, sparse: Tensor, valid: Tensor, place: Tensor) -> Tensor:
         """image F_l and dense P_d (P, h*w, D), sparse P_s (P, T, D), valid (P, T), place PE (h*w, D) -> (P, D)."""
         fused = image + dense  # equation 1
-        placed = fused + place
-        sparse = self.token_norm(sparse + self.token_to_image.gather(sparse, placed, placed))  # equation 2
-        fused = self.image_norm(fused + self.image_to_token.spread(placed, sparse, sparse, valid))  # equation 3
+        for layer in (self, *self.more):
+            placed = fused + place
+            sparse = layer.token_norm(sparse + layer.token_to_image.gather(sparse, placed, placed))  # equation 2
+            fused = layer.image_norm(fused + layer.image_to_token.spread(placed, sparse, sparse, valid))  # equation 3
         return fused.mean(1)
 
 
@@ -36,9 +39,9 @@ class TwoWayFusion(nn.Module):
     Its tokens' last look at the image is in the released state dicts but has no effect, so it is not trained either.
     """
 
-    def __init__(self, dim: int, heads: int, feed_forward: int):
+    def __init__(self, dim: int, heads: int, depth: int, feed_forward: int):
         super().__init__()
-        self.transformer = TwoWayTransformer(dim, heads, feed_forward)
+        self.transformer = TwoWayTransformer(dim, heads, feed_forward, depth)
         for unused in (self.transformer.last_attention, self.transformer.last_norm):
             unused.requires_grad_(False)
 

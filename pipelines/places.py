@@ -75,7 +75,9 @@ class RemotePath:
         self._place = self._place.rstrip("/")
         self._query = mark + query
         if "://" not in self._place:
-            raise InputError(f"{uri} names no folder. Expected s3://bucket/folder, gs://bucket/folder or file:///folder.")
+            raise InputError(
+                f"{uri} names no folder. Expected s3://bucket/folder, gs://bucket/folder or file:///folder."
+            )
         self.name = self._place.rsplit("/", 1)[-1]
         self.stem = self.name.rsplit(".", 1)[0]
 

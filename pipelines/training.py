@@ -131,6 +131,7 @@ SWITCHES = (
     "objectness",
     "drop_maps",
     "dim",
+    "depth",
 )
 
 

@@ -88,7 +88,8 @@ def _job(config: SweepConfig, variant: Variant, fold: int, folder: Path) -> Job:
 def _train_config(config: SweepConfig, variant: Variant, fold: int, place: dict) -> TrainConfig:
     train = dict(config.train)
     if "recipe" in variant.overrides:  # a model of another kind, of other sizes, with settings of its own
-        train = {name: value for name, value in train.items() if name not in ("recipe", "batches", "lr", "dim")}
+        its_own = ("recipe", "batches", "lr", "dim", "depth")
+        train = {name: value for name, value in train.items() if name not in its_own}
     for field in train:
         # a variant's own learning rate is a default: one that is given wins
         reserved = field in SET_BY_SWEEP or (field in variant.overrides and field != "lr")

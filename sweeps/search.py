@@ -57,10 +57,10 @@ class SearchResult:
 
     @property
     def tables(self) -> list[Table]:
-        columns = ("#", "mIoU", "steps", "preset", "lr", "decay", "dim", "loss", "prompts")  # no wider than a terminal
+        columns = ("#", "mIoU", "steps", "preset", "lr", "decay", "size", "loss", "prompts")  # no wider than a terminal
         notes = [
             "mIoU on val photos of seen classes, the best of a training's validations; unseen classes take no part",
-            "#: number of the trial; *: stopped early; decay: of weights; prompts: m masks, p points, b boxes",
+            "#: number of the trial; *: stopped early; decay: of weights; size: D x depth; prompts: mask, point, box",
         ]
         if self.importance:
             told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in self.importance.items())
@@ -78,7 +78,7 @@ class SearchResult:
             train.preset,
             f"{train.lr:g}",
             f"{train.weight_decay:g}",
-            str(train.dim),
+            f"{train.dim}x{train.depth}",
             train.loss,
             "+".join(kind[0] for kind in train.prompts),
         )

@@ -1,7 +1,7 @@
 """What a search draws, and what it trains for it.
 
-Learning rate and width are factors of the preset's own, so that what is learned of them on one preset tells something
-of the others. No preset has a depth that can be set.
+Learning rate, width and depth are relative to the preset's own, so that what is learned of them on one preset tells
+something of the others.
 """
 
 import shlex
@@ -13,6 +13,7 @@ from pipelines.config import SearchConfig, TrainConfig, default_recipe, scaled_b
 LR_TIMES = (0.1, 10.0)
 WEIGHT_DECAY = (1e-4, 0.3)
 WIDTH_TIMES = (0.5, 1.0, 2.0)
+DEPTH_MORE = (0, 1)
 LOSSES = ("focal", "iou")
 MIXTURES = ("mask+point+box", "mask+box", "mask+point", "mask")  # kinds of prompt that training episodes mix
 VALIDATIONS = 6  # in a training: the first is ASHA's first rung, the third the second
@@ -25,6 +26,7 @@ def draw_settings(trial, presets: tuple[str, ...]) -> dict:
         "lr_times": trial.suggest_float("lr_times", *LR_TIMES, log=True),
         "weight_decay": trial.suggest_float("weight_decay", *WEIGHT_DECAY, log=True),
         "width_times": trial.suggest_categorical("width_times", WIDTH_TIMES),
+        "depth_more": trial.suggest_categorical("depth_more", DEPTH_MORE),
         "loss": trial.suggest_categorical("loss", LOSSES),
         "prompts": trial.suggest_categorical("prompts", MIXTURES),
     }
@@ -38,6 +40,7 @@ def own_settings(preset: str) -> dict:
         "lr_times": 1.0,
         "weight_decay": own.weight_decay,
         "width_times": 1.0,
+        "depth_more": 0,
         "loss": own.loss,
         "prompts": "+".join(own.prompts),
     }
@@ -56,6 +59,7 @@ def train_config(config: SearchConfig, point: dict) -> TrainConfig:
         preset=preset,
         recipe=default_recipe(preset),
         dim=round(point["width_times"] * model_preset(preset).dim),
+        depth=model_preset(preset).depth + point["depth_more"],
         lr=_rounded(point["lr_times"] * own.lr),
         weight_decay=_rounded(point["weight_decay"]),
         loss=point["loss"],
@@ -86,6 +90,7 @@ def train_command(train: TrainConfig, batch_scale: float) -> str:
         "--lr": train.lr,
         "--weight-decay": train.weight_decay,
         "--dim": train.dim,
+        "--depth": train.depth,
         "--loss": train.loss,
         "--prompts": ",".join(train.prompts),
         "--val-every": train.val_every,
