@@ -122,7 +122,7 @@ def replicas_queue(config: ServeConfig) -> Iterator[JobQueue]:
     Raises InputError for a cluster that does not answer or is too small, and for a checkpoint that cannot be used.
     """
     with ray_session():
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns of every slow answer
         share = share_of(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         device = config.device if not share.gpus else "cuda"  # a replica sees its own GPU alone
         its = {
