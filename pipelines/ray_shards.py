@@ -78,7 +78,7 @@ def _one_pass(
     """Numbers and notes of shards as they are finished, until all are or a writer dies."""
     import ray
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal").setLevel(logging.ERROR)  # Ray sets that of ray.data itself
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the caller shows photos, which Ray knows nothing of
     have = ray.cluster_resources()
@@ -107,7 +107,7 @@ def _one_pass(
             num_gpus=gpus,
             fn_constructor_args=(text,),
         )
-        .map(Write(writers), num_cpus=0, compute=ray.data.TaskPoolStrategy(size=2 * actors))
+        .map(Write(writers), num_cpus=0, compute=ray.data.TaskPoolStrategy(size=actors))
     )
     try:
         for row in stages.iter_rows():

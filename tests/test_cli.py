@@ -167,3 +167,20 @@ def test_the_readme_names_only_verbs_and_options_that_exist():
         help_text = run(*verb.split(), "--help").output
         for option in re.findall(r"--[a-z-]+", line):
             assert option in help_text, f"{line}: {option}"
+
+
+def test_the_readme_tells_of_every_verb():
+    table = set(re.findall(r"^\| `([a-z -]+)`", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert set(verbs()) <= table
+
+
+def test_troubleshooting_quotes_messages_as_they_are():
+    files = [path for part in ("la", "pipelines", "sweeps", "commands") for path in (ROOT / part).rglob("*.py")]
+    source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in files))
+    told = re.findall(r"^\| `(.+?)`[^|]* \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(told) > 10
+    for message in told:
+        # without what a message fills in: names in capitals, numbers, files
+        parts = re.split(r"\.\.\.|\b[A-Z]+\b|\b\d+(?:x\d+)?\b|vit_\S+|\bauto\b|\w+_\w+|\btrain\b|s3://", message)
+        for part in (part.strip(" :`") for part in parts):
+            assert part in source, f"{message!r}: nothing says {part!r}"
