@@ -206,10 +206,13 @@ def bench_all(
     workspace: WorkspaceOption = WORKSPACE,
     store: StoreOption = None,
 ) -> None:
-    """Every measurement but `scale` in one table, with the machine: a quarter of an hour. A JSON file keeps it."""
+    """Every measurement but `scale` in one table, with the machine: a quarter of an hour. A JSON file keeps it.
+
+    --coco-dir, the photos of the store, adds featurizing; an int8 store in the workspace adds reading that.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     with mistakes():
-        from pipelines import bench, bench_model, bench_predict, bench_training
+        from pipelines import bench, bench_model, bench_predict, bench_scale, bench_training
         from pipelines.store import FeatureStore
         from pipelines.workspace import Workspace, write_text
         from sweeps.bench import bench_sweep
@@ -228,6 +231,8 @@ def bench_all(
             "sweep": lambda: [bench_sweep(path)],
             "predict": lambda: bench_predict.bench_predict(backbone=vit, image_size=size),
         }
+        if small := bench_scale.int8_beside(path):
+            runs["int8"] = lambda: bench_scale.bench_int8(path, small)
         if coco_dir:
             runs = {"featurize": lambda: [bench.bench_featurize(coco_dir, vit, weights, size)]} | runs
         about = bench.machine()

@@ -215,6 +215,5 @@ def masks_and_scores(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Ten
     won = torch.zeros_like(probability, dtype=torch.bool).scatter_(0, logits.argmax(0, keepdim=True), True)
     mean = (probability * won).sum((1, 2)) / won.sum((1, 2)).clamp(min=1)
     scores = torch.where(won.any(1).any(1), mean, probability.amax((1, 2)))
-    there = torch.zeros(len(logits), dtype=torch.bool, device=mask.device)
-    there[mask.unique()] = True
+    there = mask.flatten().bincount(minlength=len(logits)) > 0
     return mask, (scores * there)[1:]

