@@ -80,7 +80,7 @@ class Replicas:
     """Has jobs done by whichever replica is free; used by as many threads as there are replicas."""
 
     def __init__(self, deployment: serve.handle.DeploymentHandle):
-        self._deployment = deployment
+        self._deployment, self._ending = deployment, False
         self._shown: weakref.WeakKeyDictionary[ClassSet, Shown] = weakref.WeakKeyDictionary()
         if mistake := deployment.mistake.remote().result(timeout_s=PATIENCE):
             raise mistake
@@ -92,15 +92,21 @@ class Replicas:
             try:
                 answer = self._deployment.do.remote(job, sent).result(timeout_s=PATIENCE)
             except RayActorError:
-                continue
+                if self._ending:
+                    break
             except (DeploymentUnavailableError, TimeoutError):
                 break
-            if isinstance(answer, InputError):
-                raise answer
-            return answer
+            else:
+                if isinstance(answer, InputError):
+                    raise answer
+                return answer
         raise Refused(
             503, "model_lost", None, "the process with the model ended at this; try again, or a smaller photo."
         )
+
+    def end(self) -> None:
+        """Give up what runs when its replica ends, instead of waiting for another."""
+        self._ending = True
 
     def _sent(self, class_set: ClassSet) -> Shown:
         if (shown := self._shown.get(class_set)) is None:
@@ -147,11 +153,13 @@ def replicas_queue(config: ServeConfig) -> Iterator[JobQueue]:
         serve.start(proxy_location="Disabled")  # no port of its own
         try:
             handle = serve.run(model.bind(config.model_copy(update=its)), name=name, route_prefix=None)
-            queue = JobQueue(Replicas(handle).do, config.max_waiting, config.replicas)
+            replicas = Replicas(handle)
+            queue = JobQueue(replicas.do, config.max_waiting, config.replicas)
             try:
                 yield queue
             finally:
                 queue.close()
+                replicas.end()
         finally:
             serve.delete(name)
 
