@@ -148,7 +148,8 @@ def _worker(settings: dict) -> None:
 
     def wrap(model: torch.nn.Module) -> torch.nn.Module:
         # a batch without masks (or points, or boxes) leaves their encoder without gradients
-        return ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
+        kept = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
+        return ray.train.torch.prepare_model(model, parallel_strategy_kwargs=kept)
 
     def any_rank(flag: bool) -> bool:
         if flags is None:
@@ -156,6 +157,18 @@ def _worker(settings: dict) -> None:
         shared = torch.tensor([int(flag)])
         dist.broadcast(shared, src=0, group=flags)
         return bool(shared.item())
+
+    def ask(told: Callable[[], bool]) -> Callable[[], bool]:
+        if flags is None:
+            return told
+        shared = torch.tensor([int(told())])
+        sent = dist.broadcast(shared, src=0, group=flags, async_op=True)
+
+        def answer() -> bool:
+            sent.wait()
+            return bool(shared.item())
+
+        return answer
 
     if not any_rank(rank == 0 and ray.get(desk.begin.remote(_mark(run_dir_of(config))))):
         return
@@ -172,7 +185,7 @@ def _worker(settings: dict) -> None:
         with full_disk_told(run_dir_of(config)):
             train_loop(
                 config.model_copy(update={"device": str(device)}),
-                Worker(rank, world, wrap, any_rank, stop.is_set),
+                Worker(rank, world, wrap, any_rank, stop.is_set, ask),
                 desk.report.remote,
             )
     except Exception as error:

@@ -52,6 +52,8 @@ class Worker:
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model
     any: Callable[[bool], bool] = lambda flag: flag  # whether the flag is set on rank 0
     told: Callable[[], bool] = lambda: False  # whether rank 0 has notice to stop
+    # the same for all ranks: asked when a step begins, so that the answer travels meanwhile, and taken when it ends
+    ask: Callable[[Callable[[], bool]], Callable[[], bool]] = lambda told: told
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,7 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
     done = at["step"] >= config.steps and not pending
     batches = read_ahead(config, list(zip(shards, builders, strict=True)), worker, at["step"])
     while not done:
+        has_notice = worker.ask(worker.told)
         if not pending:
             batch, truth = next(batches)
             batch, truth = batch.to(device), truth.to(device, non_blocking=True)
@@ -252,7 +255,9 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
                 losses, episodes, since = [], 0, time.perf_counter()
             except CutShort:
                 pending = True
-        stopping = worker.any(worker.told())
+        stopping = has_notice()
+        if validating:  # which takes long, and which notice cuts short on rank 0
+            stopping = worker.any(stopping or worker.told())
         if worker.rank == 0 and (saving or stopping):
             write_text(run_dir / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in at["curve"]))
             at |= {"losses": [loss.item() for loss in losses], "pending": pending}
