@@ -97,7 +97,7 @@ def bench_model(
     store: StoreOption = None,
 ) -> None:
     """Annotated pairs packed against the dense grid of supports and classes; the memory of 1 and of 20 shots."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler talks of its set-up otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks of its set-up otherwise
     with mistakes():
         import torch
 
@@ -210,7 +210,7 @@ def bench_all(
 
     --coco-dir, the photos of the store, adds featurizing; an int8 store in the workspace adds reading that.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with mistakes():
         from pipelines import bench, bench_model, bench_predict, bench_scale, bench_training
         from pipelines.store import FeatureStore

@@ -115,7 +115,7 @@ def find_splits(coco_dir: Path, names: Mapping[str, str] | None = None) -> dict[
                 splits[role] = (file, photos)
                 break
         else:
-            found = ", ".join(sorted(p.name for p in coco_dir.glob("annotations/*.json"))) or "no annotation file"
+            found = ", ".join(sorted(p.name for p in (coco_dir / "annotations").glob("*.json"))) or "no annotation file"
             folders = ", ".join(sorted(p.name for p in coco_dir.iterdir() if p.is_dir())) or "no folder"
             raise InputError(
                 f"--coco-dir {coco_dir} has no {role} split: expected annotations/{pattern} and a photo folder of the "

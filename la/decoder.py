@@ -68,7 +68,8 @@ class MaskDecoder(nn.Module):
 
         Slots that an episode does not have get a logit so low that no pixel takes them.
         """
-        prototypes, query = self.attention(prototypes, query, place, slots)
+        for layer in (self.attention, *self.more):
+            prototypes, query = layer(prototypes, query, place, slots)
         image = self.spatial_convs(self.upscaling(query.transpose(1, 2).unflatten(2, grid)))
         logits = torch.einsum("bdhw,bcd->bchw", image, self.class_mlp(prototypes))  # equation 7
         return logits.masked_fill(~slots[:, :, None, None], -1e4)

@@ -27,7 +27,7 @@ class HybridConfig:
 
     channels: int = 768  # Dv, channels of the backbone's features
     dim: int = 32  # channels of the decoder
-    depth: int = 1  # its layers after the first
+    depth: int = 1  # its layers after the first; without spatial_convs one less
     match_prototypes: bool = True
     match_affinity: bool = True
     object_metric: bool = True

@@ -6,6 +6,7 @@ tools use, from the environment or ~/.aws.
 """
 
 import io
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # a second to import, which verbs without a URI need not wait
     from pyarrow import fs
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 PATIENCE = 300.0  # seconds that a server may fail before it counts as down
 LONGEST_PAUSE = 20.0  # seconds
 
@@ -30,14 +32,21 @@ class Unreachable(InputError):
     """A server does not answer, or refuses: what was asked for may well be fine."""
 
 
-def filesystem(uri: str) -> "tuple[fs.FileSystem, str]":
+def filesystem(uri: str, patience: float | None = None) -> "tuple[fs.FileSystem, str]":
     """The filesystem of a URI and the path in it. Raises InputError for one that pyarrow does not know."""
+    if "@" in uri.split("://")[-1].split("/")[0]:
+        raise InputError(
+            f"{uri.split('://')[0]}://...@... holds a password, which would be written down with the features. Leave "
+            "it out: credentials come from the environment or ~/.aws."
+        )
     import pyarrow as pa
     from pyarrow import fs
 
     try:
-        return fs.FileSystem.from_uri(uri)
-    except (OSError, ValueError, pa.ArrowException) as error:
+        return patiently(uri, lambda: fs.FileSystem.from_uri(uri), patience)  # it may ask for a bucket's region
+    except (ValueError, pa.ArrowException) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
             f"{uri} is no folder that pyarrow can reach ({error!s:.200}). Expected s3://, gs:// or file:///."
         ) from error
@@ -55,11 +64,13 @@ def patiently(uri: str, call: Callable[[], T], patience: float | None = None) ->
         except (FileNotFoundError, PermissionError) as error:
             raise Unreachable(f"{uri}: {error!s:.300}") from error
         except OSError as error:
-            refused = "ACCESS_DENIED" in str(error) or "NO_SUCH_BUCKET" in str(error)
+            refused = any(word in str(error) for word in ("ACCESS_DENIED", "NO_SUCH_BUCKET", "not found"))
             if refused or time.monotonic() + pause > until:
                 raise Unreachable(
                     f"{uri} does not work ({error!s:.300}). Mend it, then the same command goes on."
                 ) from error
+            if pause > 3:
+                log.warning("%s does not work (%.100s); trying again", uri, error)
         time.sleep(pause * random.uniform(0.5, 1.0))  # workers that fail together do not come back together
         pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -89,10 +100,10 @@ class RemotePath:
         return self._place + self._query
 
     def __truediv__(self, name: str) -> "RemotePath":
+        files, path = self._there  # connected once; and names in it need not be what a URI may hold
         below = RemotePath(f"{self._place}/{name}{self._query}")
-        if "_there" in self.__dict__:  # connected once
-            files, path = self._there
-            below._there = (files, f"{path}/{name}")
+        below.name, below.stem = name, name.rsplit(".", 1)[0]
+        below._there = (files, f"{path}/{name}")
         return below
 
     def absolute(self) -> "RemotePath":

@@ -2,14 +2,15 @@
 
 A row is a batch of photos of one shard, the very batch that `ShardMaker` would make, so features are the same bit for
 bit. The last stage hands each batch to the writer of its shard, an actor of its own that puts batches in order. Every
-stage may see a row again after a failure; where a writer dies, its unfinished shards are made again.
+stage may see a row again after a failure; where a writer dies, all that is unfinished is made again.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ def make_with_ray(
     """
     with ray_session():
         left, fruitless, seen = dict(enumerate(shards)), 0, set()
+        absent = {number for number, shard in left.items() if not shard.file.exists()}  # not so where one is repaired
 
         def count(batch: Batch, seconds: float) -> None:
             if (batch.shard, batch.number) not in seen:  # made again after a failure, it is no further progress
@@ -58,10 +60,11 @@ def make_with_ray(
 
         while left:
             before = len(left)
-            for number, note in _one_pass(config, settings, left, count):
-                yield left.pop(number), note
+            for number, note in _one_pass(config, settings, dict(left), count):
+                if number in left:  # a task that Ray ran again may tell of a shard once more
+                    yield left.pop(number), note
             # a writer may die between finishing a shard and saying so
-            for number in [number for number, shard in left.items() if shard.file.exists()]:
+            for number in [number for number in absent & left.keys() if left[number].file.exists()]:
                 shard = left.pop(number)
                 yield shard, open_shard(shard.file, settings.key)[1]
             fruitless = fruitless + 1 if len(left) == before else 0
@@ -81,13 +84,8 @@ def _one_pass(
     logging.getLogger("ray.data._internal").setLevel(logging.ERROR)  # Ray sets that of ray.data itself
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the caller shows photos, which Ray knows nothing of
-    have = ray.cluster_resources()
     actors = min(config.workers, len(shards))
-    # More than the cluster has would wait for ever: decoding keeps a CPU, or a part where there is one alone.
-    decoding = min(1, have.get("CPU", 1) / 2)
-    decoders = max(1, int(have.get("CPU", 1)))
-    cpus = min(config.threads or 1, (have.get("CPU", 1) - decoding) / actors)
-    gpus = 0.0 if config.device == "cpu" else min(1.0, have.get("GPU", 0) / actors)
+    share = share_of(config, actors, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     plan, text = ray.put(shards), config.model_dump_json()
     start = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(Writer).remote
     writers = [start(settings.model_dump_json(), plan) for _ in range(actors)]
@@ -99,12 +97,12 @@ def _one_pass(
     stages = (
         ray.data.from_items(rows, override_num_blocks=min(len(rows), max(TASKS, len(rows) // 16)))
         # a size of its own: stages of one size become one, on the CPUs of the model
-        .map(Decode(text), num_cpus=decoding, compute=ray.data.TaskPoolStrategy(size=actors + decoders))
+        .map(Decode(text), num_cpus=share.decoding, compute=ray.data.TaskPoolStrategy(size=actors + share.decoders))
         .map(
             Encode,
             compute=ray.data.ActorPoolStrategy(size=actors),
-            num_cpus=cpus if cpus < 1 else int(cpus),
-            num_gpus=gpus,
+            num_cpus=share.cpus,
+            num_gpus=share.gpus,
             fn_constructor_args=(text,),
         )
         .map(Write(writers), num_cpus=0, compute=ray.data.TaskPoolStrategy(size=actors))
@@ -120,8 +118,34 @@ def _one_pass(
             if row["note"]:
                 yield batch.shard, ShardNote.model_validate_json(row["note"])
     finally:
+        with suppress(ray.exceptions.RayError):  # of one that died, or hangs on its disk
+            ray.get([writer.close.remote() for writer in writers], timeout=10)
         for writer in writers:
             ray.kill(writer)
+
+
+class Share(NamedTuple):
+    """CPUs of a decoding task, how many CPUs there are to decode, and CPUs and GPUs of a featurizing actor."""
+
+    decoding: float
+    decoders: int
+    cpus: float
+    gpus: float
+
+
+def share_of(config: FeaturizeConfig, actors: int, nodes: list[dict[str, float]]) -> Share:
+    """No more than the cluster's nodes have, or a stage would wait for ever."""
+    gpus = int(sum(node.get("GPU", 0) for node in nodes)) if config.device != "cpu" else 0
+    hosts = [node for node in nodes if node.get("GPU")] if gpus else nodes
+    all_cpus = sum(node.get("CPU", 0) for node in nodes) or 1
+    decoding = min(1, all_cpus / 2)  # a CPU is kept for it, or a part where there is one alone
+    host = max(node.get("CPU", 0) for node in hosts) or 1
+    cpus = min(config.threads or 1, host, (all_cpus - decoding) / actors)
+    if gpus:
+        cpus = min(cpus, 1)  # the GPU does the work
+    return Share(
+        decoding, max(1, int(all_cpus)), cpus if cpus < 1 else int(cpus), 1 / -(-actors // gpus) if gpus else 0
+    )
 
 
 class Decode:
@@ -155,7 +179,7 @@ class Encode:
         if row["mistake"]:
             return made
         side = self.config.image_size
-        photos = torch.frombuffer(bytearray(row["photos"]), dtype=torch.uint8).view(-1, 3, side, side)
+        photos = torch.from_numpy(np.frombuffer(row["photos"], np.uint8).copy()).view(-1, 3, side, side)
         try:
             backbone = self.backbone  # loading is no part of the rate
             started = time.perf_counter()
@@ -213,6 +237,12 @@ class Writer:
         del self.begun[came.shard]
         self.notes[came.shard] = note.model_dump_json()
         return self.notes[came.shard]
+
+    def close(self) -> None:
+        """Leave nothing of the shards that were begun."""
+        for begun in self.begun.values():
+            with begun.file:
+                pass
 
 
 class _Begun:

@@ -30,7 +30,7 @@ class RemoteStores:
     def __init__(self, uri: str, patience: float | None = None):
         self.uri = uri
         self._patience = patience
-        self._fs, self._root = filesystem(uri)
+        self._fs, self._root = filesystem(uri, patience)
 
     def put(self, store: Path, file: str) -> None:
         """Copy a file of a local store there, whole or not at all."""

@@ -106,15 +106,16 @@ class ShardWriter:
         self._temporary = temporary_beside(path)
         self._schema = FEATURES.with_metadata({_SETTINGS: settings.model_dump_json()})
         self._total = hashlib.sha256()
-        self._writer = pq.ParquetWriter(
-            self._temporary,
-            self._schema,
-            compression="none",
-            use_dictionary=False,
-            write_statistics=False,
-            write_page_checksum=True,
-            data_page_size=1 << 30,  # bytes; a photo is never cut into pages
-        )
+        with self._told():
+            self._writer = pq.ParquetWriter(
+                self._temporary,
+                self._schema,
+                compression="none",
+                use_dictionary=False,
+                write_statistics=False,
+                write_page_checksum=True,
+                data_page_size=1 << 30,  # bytes; a photo is never cut into pages
+            )
 
     def add(self, image: Image, features: np.ndarray) -> None:
         """features (h, w, C) float16. Raises InputError where the file cannot be written, on a full disk say."""

@@ -59,7 +59,7 @@ def train_config(config: SearchConfig, point: dict) -> TrainConfig:
         preset=preset,
         recipe=default_recipe(preset),
         dim=round(point["width_times"] * model_preset(preset).dim),
-        depth=model_preset(preset).depth + point["depth_more"],
+        depth=model_preset(preset).depth + point.get("depth_more", 0),  # not there in older searches
         lr=_rounded(point["lr_times"] * own.lr),
         weight_decay=_rounded(point["weight_decay"]),
         loss=point["loss"],

@@ -31,7 +31,15 @@ def test_depth_adds_parameters_and_changes_nothing_else(name):
         assert again.config.depth == depth
         assert not plain.state_dict().keys() - again.state_dict().keys()  # a deeper model has all the plain one's parts
         batch = pack((MIXED,), features, mask, lambda _: (100, 200))
-        assert torch.equal(model.eval()(batch), again.eval()(batch))
+        logits = model.eval()(batch)
+        assert torch.equal(logits, again.eval()(batch))
+        for part in [part for name, part in model.named_modules() if name.endswith("out")]:  # starts at nothing
+            torch.nn.init.normal_(part.weight) if part.weight.abs().sum() == 0 else None
+        model(batch)[:, :, ::3].square().sum().backward()
+        deeper = {name.split(".more.")[0] for name, _ in model.named_parameters() if ".more." in name}
+        for part in deeper:  # each is used, in the fusion and in the decoder
+            grads = [p.grad for name, p in model.named_parameters() if name.startswith(f"{part}.more.")]
+            assert any(grad is not None and grad.abs().sum() > 0 for grad in grads), part
 
 
 def features(images):

@@ -298,16 +298,16 @@ def test_more_requests_than_may_wait_are_told_to_come_back(predictor, scenes):
     with (
         model_queue(config, predictor) as queue,
         fastapi_test.TestClient(build_api(Service(config, queue))) as client,
-        ThreadPoolExecutor(1) as pool,
+        ThreadPoolExecutor(2) as pool,
     ):
         held = queue._threads.submit(holding.wait)
-        first = pool.submit(create, client, [png_of(scenes[0].image)], BOXED)
-        while not queue.waiting:
+        first = [pool.submit(create, client, [png_of(scenes[0].image)], BOXED) for _ in range(2)]  # one under way
+        while queue.waiting < 2:
             pass
-        second = create(client, [png_of(scenes[0].image)], BOXED)
+        third = create(client, [png_of(scenes[0].image)], BOXED)
         holding.set()
-        assert (second.status_code, second.json()["code"]) == (503, "busy")
-        assert first.result().status_code == 201
+        assert (third.status_code, third.json()["code"]) == (503, "busy")
+        assert [one.result().status_code for one in first] == [201, 201]
         assert held.result()
     assert queue.waiting == 0
 

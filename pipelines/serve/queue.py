@@ -29,14 +29,14 @@ class JobQueue:
 
     def __init__(self, do: Callable[[Job, tuple], tuple[object, float]], max_waiting: int, at_once: int = 1):
         self._do = do
-        self.max_waiting, self.waiting = max_waiting, 0
+        self.most, self.waiting = max_waiting + at_once, 0  # with those under way
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(at_once, "model")
 
     async def run(self, job: Job, *args: object) -> Timed:
         """Raises Refused (503) where too many wait already, and what the job raises."""
         with self._lock:
-            if self.waiting >= self.max_waiting:
+            if self.waiting >= self.most:
                 raise Refused(503, "busy", None, f"{self.waiting} requests wait for the model; try again in a while.")
             self.waiting += 1
         future = self._threads.submit(self._timed, time.perf_counter(), job, args)

@@ -7,6 +7,7 @@ takes nothing along. What a replica learned of a class set stays with it: anothe
 import logging
 import os
 import socket
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.schema import ApplicationStatus
 
 from la.errors import InputError
 from pipelines.cluster import ray_session
@@ -26,6 +28,7 @@ from pipelines.serve.queue import Job, JobQueue, timed
 
 MOST_LEARNED = 8  # class sets that a replica keeps; the hybrid takes 2.8 MB a support (ViT-S/14 at 420 px)
 TRIES = 2  # of a job whose replica died: who dies of it twice would die of it again
+START = 600.0  # seconds for all replicas to load their models
 PATIENCE = 300.0  # seconds for a job, and for a replica to come back where all died
 
 
@@ -94,7 +97,10 @@ class Replicas:
             except RayActorError:
                 if self._ending:
                     break
-            except (DeploymentUnavailableError, TimeoutError):
+            except TimeoutError as error:
+                message = f"the model did not answer within {PATIENCE:.0f} s; try again later, or a smaller photo."
+                raise Refused(503, "model_lost", None, message) from error
+            except DeploymentUnavailableError:
                 break
             else:
                 if isinstance(answer, InputError):
@@ -112,6 +118,18 @@ class Replicas:
         if (shown := self._shown.get(class_set)) is None:
             shown = self._shown[class_set] = Shown(class_set.key, [ray.put(class_set.supports)])
         return shown  # freed when the class set is
+
+
+def _until_running(name: str, count: int) -> None:
+    """Raises InputError where Ray Serve gives up, or has had START seconds."""
+    until = time.monotonic() + START
+    while (now := serve.status().applications[name]).status != ApplicationStatus.RUNNING:
+        if now.status == ApplicationStatus.DEPLOY_FAILED or time.monotonic() > until:
+            raise InputError(
+                f"--replicas {count}: Ray Serve could not start so many ({now.message!s:.600}). Pass fewer, or look at "
+                "what else runs on the cluster: `ray status`."
+            )
+        time.sleep(0.2)
 
 
 class Share(NamedTuple):
@@ -152,7 +170,9 @@ def replicas_queue(config: ServeConfig) -> Iterator[JobQueue]:
         name = f"label-anything-{socket.gethostname()}-{config.port}"  # replaces what a killed server left behind
         serve.start(proxy_location="Disabled")  # no port of its own
         try:
-            handle = serve.run(model.bind(config.model_copy(update=its)), name=name, route_prefix=None)
+            target = serve.RunTarget(model.bind(config.model_copy(update=its)), name=name, route_prefix=None)
+            [handle] = serve.run_many([target], wait_for_applications_running=False)
+            _until_running(name, config.replicas)
             replicas = Replicas(handle)
             queue = JobQueue(replicas.do, config.max_waiting, config.replicas)
             try:
@@ -174,18 +194,25 @@ def share_of(config: ServeConfig, nodes: list[dict[str, float]]) -> Share:
     gpus = int(sum(node.get("GPU", 0) for node in nodes)) if config.device != "cpu" else 0
     if config.device.startswith("cuda") and not gpus:
         raise InputError(f"--device {config.device} with --replicas: Ray has no GPU. Use --device cpu or auto.")
-    cpus = [node.get("CPU", 0) for node in nodes]
+    gpu = int(100 / -(-count // gpus)) / 100 if gpus else 0
+    all_cpus = sum(node.get("CPU", 0) for node in nodes)
 
-    def room(each: float) -> bool:
-        return sum(int(have / each) for have in cpus) >= count
+    def room(cpus: float) -> bool:
+        """Each replica is on one node, with its CPUs and its part of a GPU."""
+        fitting = (min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpu if gpu else count) for node in nodes)
+        return sum(fitting) >= count
 
-    if config.threads:
-        if not room(config.threads):
-            raise InputError(
-                f"--replicas {count} times --threads {config.threads}: Ray has {sum(cpus):.0f} CPUs. Pass fewer."
-            )
-        share: float = config.threads
-    else:
-        share = next((each for each in range(int(sum(cpus) / count), 0, -1) if room(each)), 0)
-        share = share or int(100 * sum(cpus) / count) / 100
-    return Share(share, int(100 / -(-count // gpus)) / 100 if gpus else 0)
+    parts = [int(100 / part) / 100 for part in range(2, count + 1)]
+    wanted = [config.threads] if config.threads else [*range(int(all_cpus / count), 0, -1), *parts]
+    for cpus in wanted:
+        if room(cpus):
+            return Share(cpus, gpu)
+    raise InputError(
+        f"--replicas {count}{f' times --threads {config.threads}' if config.threads else ''}: Ray has "
+        f"{', '.join(_told(node) for node in nodes)}. Pass fewer."
+    )
+
+
+def _told(node: dict[str, float]) -> str:
+    gpus = f" and {node['GPU']:.0f} GPUs" if node.get("GPU") else ""
+    return f"a node of {node.get('CPU', 0):.0f} CPUs{gpus}"

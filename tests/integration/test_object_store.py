@@ -133,6 +133,7 @@ def test_photos_are_read_from_a_server_that_fails_for_a_while(config, uri, serve
     files, folder = filesystem(uri)
     fs.copy_files(str(config.coco_dir), folder, destination_filesystem=files)
     there = config.model_copy(update={"coco_dir": place(uri)})
+    assert (place(uri) / "train2017" / "a photo #1%20?.jpg")._there[1] == f"{folder}/train2017/a photo #1%20?.jpg"
     for workers in (0, 2):
         server.failing, server.failed = 12, 0
         report = featurize(there.model_copy(update={"workspace": tmp_path / f"by-{workers}", "workers": workers}))
@@ -145,6 +146,11 @@ def test_photos_are_read_from_a_server_that_fails_for_a_while(config, uri, serve
     files.delete_file(f"{folder}/train2017/000000000107.jpg")
     with pytest.raises(InputError, match=r"000000000107.jpg, which is not in s3://"):
         featurize(there.model_copy(update={"workspace": tmp_path / "again"}))
+
+
+def test_a_password_in_a_uri_is_refused():
+    with pytest.raises(InputError, match="holds a password"):
+        place("s3://key:secret@bucket/coco").is_dir()
 
 
 @pytest.mark.parametrize("where", ["s3://no-such-bucket/coco", "nonsense://x", "s3://"])
