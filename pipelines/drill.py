@@ -23,6 +23,7 @@ from pipelines.checkpoints import LAST
 from pipelines.config import TrainConfig
 from pipelines.drill_ground import (
     EVERY,
+    SLOW_PIXELS,
     STEPS,
     WEIGHTS,
     DrillError,
@@ -63,13 +64,13 @@ class Skipped(Exception):
 def featurize_actor(ground: Ground, title: str = "Map(Encode)") -> Finding:
     name = f"featurize-{title}"
     workspace = ground.root / name
-    job = ground.featurize(workspace, name, workers=2)
+    base = ground.slow_base
+    job = ground.featurize(workspace, name, workers=2, pixels=SLOW_PIXELS)
     job.until(lambda: len(_shards(workspace)) > 1, "second shard")
-    victims = job.until(lambda: processes(title), title)
-    kill(victims[0])
+    kill(job.until(lambda: processes(title), title)[0])
     finished = _shards(workspace)
     job.wait(0)
-    return _featurize_finding(ground, workspace, finished)
+    return _featurize_finding(ground, workspace, finished, base)
 
 
 def featurize_writer(ground: Ground) -> Finding:
@@ -87,11 +88,11 @@ def featurize_driver(ground: Ground) -> Finding:
     return _featurize_finding(ground, workspace, finished)
 
 
-def _featurize_finding(ground: Ground, workspace: Path, finished: dict[str, int]) -> Finding:
+def _featurize_finding(ground: Ground, workspace: Path, finished: dict[str, int], base: Path | None = None) -> Finding:
     after = _shards(workspace)
     redone = sum(after[name] != stamp for name, stamp in finished.items())
     lost = f"{redone} of {len(finished)} finished shards"
-    return Finding(lost, not redone, ground.same_features(workspace))
+    return Finding(lost, not redone, ground.same_features(workspace, base))
 
 
 def _shards(workspace: Path) -> dict[str, int]:

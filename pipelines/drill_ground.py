@@ -26,7 +26,8 @@ from pipelines.workspace import Workspace
 
 T = TypeVar("T")
 WEIGHTS = Path(__file__).parent / "demo" / "vit_demo.safetensors"
-FEATURIZE = ("--backbone", "vit_demo_patch8_128", "--weights", str(WEIGHTS), "--image-size", "128", "--threads", "1")
+FEATURIZE = ("--backbone", "vit_demo_patch8_128", "--weights", str(WEIGHTS), "--threads", "1")
+PIXELS, SLOW_PIXELS = 128, 256  # sides of photos: of most cases, and of those where the ViT should work for seconds
 STEPS, EVERY = 240, 40  # of a training, and between its checkpoints
 TRAIN = ("--preset", "debug", "--steps", str(STEPS), "--checkpoint-every", str(EVERY), "--batch-scale", "0.25")
 TRAIN += ("--val-every", "120", "--val-episodes", "5", "--warmup-steps", "5", "--threads", "1")
@@ -87,8 +88,16 @@ class Ground:
         self.featurize(self.base, "base-featurize").wait(0)
         self.verb("train", *TRAIN, workspace=self.base, name="base-train").wait(0)
 
-    def featurize(self, workspace: Path, name: str, workers: int = 0, features: str | None = None) -> Job:
-        options = ("--coco-dir", self.root / "scenes", *FEATURIZE, "--workers", workers)
+    @cached_property
+    def slow_base(self) -> Path:
+        """As `base`, of larger photos and without a training."""
+        self.featurize(self.root / "slow-base", "slow-base-featurize", pixels=SLOW_PIXELS).wait(0)
+        return self.root / "slow-base"
+
+    def featurize(
+        self, workspace: Path, name: str, workers: int = 0, features: str | None = None, pixels: int = PIXELS
+    ) -> Job:
+        options = ("--coco-dir", self.root / "scenes", *FEATURIZE, "--image-size", pixels, "--workers", workers)
         options += ("--features", features) if features else ()
         return self.verb("featurize", *options, workspace=workspace, name=name)
 
@@ -163,9 +172,9 @@ class Ground:
     def same_weights(self, config: TrainConfig) -> bool:
         return same(weights_of(run_dir_of(config)), self.weights)
 
-    def same_features(self, workspace: Path) -> bool:
+    def same_features(self, workspace: Path, base: Path | None = None) -> bool:
         """Whether a store holds the bytes of the undisturbed one: by its checksums, each compared with its file."""
-        ours, theirs = (Workspace(root).find_store() for root in (workspace, self.base))
+        ours, theirs = (Workspace(root).find_store() for root in (workspace, base or self.base))
         shards = read_info(ours).shards
         return shards == read_info(theirs).shards and list(FeatureStore(ours).verify()) == sorted(shards)
 
