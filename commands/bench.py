@@ -11,14 +11,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from commands.common import (
+from commands.shell import (
     WORKSPACE,
     BackboneOption,
     BatchScaleOption,
     CocoOption,
     DeviceOption,
     FoldOption,
-    OtherCocoOption,
+    PhotosOption,
     RepeatsOption,
     ShotsOption,
     SizeOption,
@@ -200,7 +200,7 @@ def bench_sweep(
 
 @app.command("all")
 def bench_all(
-    coco_dir: OtherCocoOption = None,
+    coco_dir: PhotosOption = None,
     weights: WeightsOption = None,
     out: Annotated[Path | None, typer.Option(help="JSON file; default: artifacts/bench.json in the workspace.")] = None,
     workspace: WorkspaceOption = WORKSPACE,

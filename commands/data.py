@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from commands.common import (
+from commands.shell import (
     WORKSPACE,
     AddressOption,
     BackboneOption,
@@ -13,7 +13,7 @@ from commands.common import (
     DeviceOption,
     EpisodesOption,
     FoldsOption,
-    OtherCocoOption,
+    PhotosOption,
     PromptOption,
     SeedsOption,
     SizeOption,
@@ -150,7 +150,7 @@ def pull(uri: UriArgument, workspace: WorkspaceOption = WORKSPACE, store: StoreO
 def verify(
     sample: Annotated[int, typer.Option(min=0, help="Photos featurized again and compared.")] = 8,
     repair: Annotated[bool, typer.Option("--repair", help="Make the bad files again, and only these.")] = False,
-    coco_dir: OtherCocoOption = None,
+    coco_dir: PhotosOption = None,
     weights: WeightsOption = None,
     workers: Annotated[int, typer.Option(min=0, help="Ray Data workers of a repair; 0 works in this process.")] = 0,
     workspace: WorkspaceOption = WORKSPACE,

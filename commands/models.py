@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from commands.common import (
+from commands.shell import (
     WORKSPACE,
     AddressOption,
     AlsoOption,

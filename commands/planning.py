@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from commands.common import (
+from commands.shell import (
     BackboneOption,
     BatchScaleOption,
     DeviceOption,
-    OtherCocoOption,
+    PhotosOption,
     RecipeOption,
     SizeOption,
     ThreadsOption,
@@ -58,7 +58,7 @@ def plan(
     verify: Annotated[
         bool, typer.Option("--verify", help="Hold the plan against a small real run made now, on --coco-dir.")
     ] = False,
-    coco_dir: OtherCocoOption = None,
+    coco_dir: PhotosOption = None,
     weights: WeightsOption = None,
     photos: Annotated[int, typer.Option(min=30, help="Photos of --verify, at most.")] = 322,
     clock: Annotated[

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from commands.common import DeviceOption, ThreadsOption, WeightsOption, console, mistakes, progress_bar
+from commands.shell import DeviceOption, ThreadsOption, WeightsOption, console, mistakes, progress_bar
 
 app = typer.Typer()
 CheckpointOption = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import (
+from commands.shell import (
     WORKSPACE,
     AddressOption,
     AlsoOption,

@@ -52,7 +52,7 @@ WaysOption = Annotated[int, typer.Option("--ways", min=1, help="Classes of an ep
 ShotsOption = Annotated[int, typer.Option("--shots", min=1, help="Support images of each class.")]
 SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Sets of episodes; mean and std are over them.")]
 EpisodesOption = Annotated[int, typer.Option("--episodes", min=1, help="Episodes of each seed.")]
-OtherCocoOption = Annotated[
+PhotosOption = Annotated[
     Path | None,
     typer.Option("--coco-dir", parser=place, metavar="DIR", help="Where the photos are: a folder, or the URI of one."),
 ]
