@@ -47,3 +47,16 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each living node of the cluster has: "CPU", "GPU" and others by name."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def gpu_share(device: str, count: int, nodes: list[dict[str, float]]) -> float:
+    """GPUs for each of `count` processes: a whole one, or where there are fewer, a part in hundredths; 0 for "cpu"."""
+    gpus = int(sum(node.get("GPU", 0) for node in nodes)) if device != "cpu" else 0
+    return int(100 / -(-count // gpus)) / 100 if gpus else 0

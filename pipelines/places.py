@@ -44,9 +44,9 @@ def filesystem(uri: str, patience: float | None = None) -> "tuple[fs.FileSystem,
 
     try:
         return patiently(uri, lambda: fs.FileSystem.from_uri(uri), patience)  # it may ask for a bucket's region
+    except InputError:  # which is a ValueError
+        raise
     except (ValueError, pa.ArrowException) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
             f"{uri} is no folder that pyarrow can reach ({error!s:.200}). Expected s3://, gs:// or file:///."
         ) from error

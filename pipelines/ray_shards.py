@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from la.backbone import Backbone
 from la.coco import Image
 from la.errors import InputError
-from pipelines.cluster import ray_session
+from pipelines.cluster import gpu_share, node_resources, ray_session
 from pipelines.config import FeaturizeConfig
 from pipelines.places import Place
 from pipelines.shard_maker import BackboneNote, Shard, decode, encode, load
@@ -85,10 +85,10 @@ def _one_pass(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the caller shows photos, which Ray knows nothing of
     actors = min(config.workers, len(shards))
-    share = share_of(config, actors, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    plan, text = ray.put(shards), config.model_dump_json()
+    share = share_of(config, actors, node_resources())
+    plan = ray.put(shards)
     start = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(Writer).remote
-    writers = [start(settings.model_dump_json(), plan) for _ in range(actors)]
+    writers = [start(settings, plan) for _ in range(actors)]
     rows = [
         {"batch": Batch(shard=k, number=number, folder=shard.photos, images=images).model_dump_json()}
         for k, shard in shards.items()
@@ -97,13 +97,13 @@ def _one_pass(
     stages = (
         ray.data.from_items(rows, override_num_blocks=min(len(rows), max(TASKS, len(rows) // 16)))
         # a size of its own: stages of one size become one, on the CPUs of the model
-        .map(Decode(text), num_cpus=share.decoding, compute=ray.data.TaskPoolStrategy(size=actors + share.decoders))
+        .map(Decode(config), num_cpus=share.decoding, compute=ray.data.TaskPoolStrategy(size=actors + share.decoders))
         .map(
             Encode,
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=share.cpus,
             num_gpus=share.gpus,
-            fn_constructor_args=(text,),
+            fn_constructor_args=(config,),
         )
         .map(Write(writers), num_cpus=0, compute=ray.data.TaskPoolStrategy(size=actors))
     )
@@ -135,29 +135,27 @@ class Share(NamedTuple):
 
 def share_of(config: FeaturizeConfig, actors: int, nodes: list[dict[str, float]]) -> Share:
     """No more than the cluster's nodes have, or a stage would wait for ever."""
-    gpus = int(sum(node.get("GPU", 0) for node in nodes)) if config.device != "cpu" else 0
-    hosts = [node for node in nodes if node.get("GPU")] if gpus else nodes
+    gpu = gpu_share(config.device, actors, nodes)
+    hosts = [node for node in nodes if node.get("GPU")] if gpu else nodes
     all_cpus = sum(node.get("CPU", 0) for node in nodes) or 1
     decoding = min(1, all_cpus / 2)  # a CPU is kept for it, or a part where there is one alone
     host = max(node.get("CPU", 0) for node in hosts) or 1
     cpus = min(config.threads or 1, host, (all_cpus - decoding) / actors)
-    if gpus:
+    if gpu:
         cpus = min(cpus, 1)  # the GPU does the work
-    return Share(
-        decoding, max(1, int(all_cpus)), cpus if cpus < 1 else int(cpus), 1 / -(-actors // gpus) if gpus else 0
-    )
+    return Share(decoding, max(1, int(all_cpus)), cpus if cpus < 1 else int(cpus), gpu)
 
 
 class Decode:
     """A task of Ray Data: `batch` gets `photos`, their bytes. The user's mistakes travel as text, for the driver."""
 
-    def __init__(self, config: str):
+    def __init__(self, config: FeaturizeConfig):
         self.config = config
 
     def __call__(self, row: Row) -> Row:
         batch = Batch.model_validate_json(row["batch"])
         try:
-            decoded = decode(FeaturizeConfig.model_validate_json(self.config), batch.folder, batch.images)
+            decoded = decode(self.config, batch.folder, batch.images)
         except InputError as error:
             return {"batch": row["batch"], "photos": b"", "mistake": str(error)}
         usable = batch.model_copy(update={"images": decoded.images, "skipped": decoded.skipped})
@@ -167,8 +165,8 @@ class Decode:
 class Encode:
     """An actor of Ray Data, with the backbone: `photos` become `features`, their bytes, and `about` the backbone."""
 
-    def __init__(self, config: str):
-        self.config = FeaturizeConfig.model_validate_json(config)
+    def __init__(self, config: FeaturizeConfig):
+        self.config = config
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -214,9 +212,8 @@ class Write:
 class Writer:
     """An actor that writes some of the shards, each from batches that come in any order, and some of them twice."""
 
-    def __init__(self, settings: str, shards: dict[int, Shard]):
-        self.settings = StoreSettings.model_validate_json(settings)
-        self.shards = shards
+    def __init__(self, settings: StoreSettings, shards: dict[int, Shard]):
+        self.settings, self.shards = settings, shards
         self.begun: dict[int, _Begun] = {}
         self.notes: dict[int, str] = {}
 

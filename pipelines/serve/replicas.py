@@ -21,7 +21,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import ApplicationStatus
 
 from la.errors import InputError
-from pipelines.cluster import ray_session
+from pipelines.cluster import gpu_share, node_resources, ray_session
 from pipelines.config import ServeConfig
 from pipelines.serve.jobs import ClassSet, Jobs, Refused
 from pipelines.serve.queue import Job, JobQueue, timed
@@ -147,7 +147,7 @@ def replicas_queue(config: ServeConfig) -> Iterator[JobQueue]:
     """
     with ray_session():
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns of every slow answer
-        share = share_of(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        share = share_of(config, node_resources())
         device = config.device if not share.gpus else "cuda"  # a replica sees its own GPU alone
         its = {
             "checkpoint": os.path.abspath(config.checkpoint)
@@ -191,10 +191,9 @@ def share_of(config: ServeConfig, nodes: list[dict[str, float]]) -> Share:
     where there is no room.
     """
     count = config.replicas
-    gpus = int(sum(node.get("GPU", 0) for node in nodes)) if config.device != "cpu" else 0
-    if config.device.startswith("cuda") and not gpus:
+    gpu = gpu_share(config.device, count, nodes)
+    if config.device.startswith("cuda") and not gpu:
         raise InputError(f"--device {config.device} with --replicas: Ray has no GPU. Use --device cpu or auto.")
-    gpu = int(100 / -(-count // gpus)) / 100 if gpus else 0
     all_cpus = sum(node.get("CPU", 0) for node in nodes)
 
     def room(cpus: float) -> bool:
