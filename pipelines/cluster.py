@@ -8,6 +8,9 @@ from pathlib import Path
 
 from la.errors import InputError
 
+# With it, threads of this process go on exporting metrics after `ray.shutdown()` and can crash it as it ends.
+os.environ.setdefault("RAY_enable_open_telemetry", "0")
+
 CODE = Path(__file__).parents[1]
 
 

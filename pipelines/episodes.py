@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -171,11 +171,23 @@ class EpisodeShards:
 
     def batch(self, group: int, position: int) -> list[Episode]:
         """Batch `position` of a group, starting over after the last."""
+        return self.share(group, position)[1]
+
+    def share(self, group: int, step: int, rank: int = 0, world: int = 1) -> tuple[list[int], list[Episode]]:
+        """Of the `world` batches of a step, the episodes of a rank and their places among all of the step.
+
+        Every rank gets as many, and as near as can be as many annotated pairs: these take the time of a step, at whose
+        end all ranks wait for the slowest.
+        """
+        found = [row for part in range(world) for row in self._rows(group, step * world + part)]
+        places = dealt([len(row["supports"]) + len(row["pairs"]) for _, row in found], world)[rank]
+        return places, [to_episode(*found[place], self._dataset) for place in places]
+
+    def _rows(self, group: int, position: int) -> list[tuple[Path, dict]]:
         size, ways, shots = self._plan.batches[group]
         part, row_group = divmod(position % self._plan.count, _batches_per_part(size))
         path = self.folder / _part_name(size, ways, shots, part)
-        rows = rows_of_group(path, self._open(path), row_group, size)
-        return [to_episode(path, row, self._dataset) for row in rows]
+        return [(path, row) for row in rows_of_group(path, self._open(path), row_group, size)]
 
     def __iter__(self) -> Iterator[Episode]:
         for size, ways, shots in self._plan.batches:
@@ -188,6 +200,17 @@ class EpisodeShards:
                 left -= _batches_per_part(size)
                 for rows in rows_of_part(path, file):
                     yield from (to_episode(path, row, self._dataset) for row in rows)
+
+
+def dealt(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """For each rank the places of its costs, as many for every rank: the highest first, each to who has least so far."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    total = [0] * ranks
+    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        rank = min((r for r in range(ranks) if len(shares[r]) < len(costs) // ranks), key=total.__getitem__)
+        shares[rank].append(place)
+        total[rank] += costs[place]
+    return [sorted(share) for share in shares]
 
 
 def ensure_episodes(plan: Plan, store: FeatureStore, workers: int = 0) -> EpisodeShards:

@@ -206,13 +206,12 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
     while not done:
         has_notice = worker.ask(worker.told)
         if not pending:
-            batch, truth = next(batches)
+            places, batch, truth = next(batches)
             batch, truth = batch.to(device), truth.to(device, non_blocking=True)
             if config.flips and at["step"] % 2:
                 batch, truth = replace(batch, query=batch.query.flip(2)), truth.flip(-1)
             # by an episode's place in the step, over all ranks: the number of workers changes nothing
-            first = worker.rank * len(truth)
-            seeds = [_number(config.seed, at["step"], first + b) for b in range(len(truth))]
+            seeds = [_number(config.seed, at["step"], place) for place in places]
             with autocast(device):
                 logits = model(batch, seeds)
             if config.loss == "iou":
@@ -295,11 +294,12 @@ def validate(
 
 def read_ahead(
     config: TrainConfig, sources: list[tuple[EpisodeShards, BatchBuilder]], worker: Worker, step: int
-) -> Iterator[tuple[EpisodeBatch, Tensor]]:
-    """(batch, truth) of every step from `step` on, made by a thread while the step before runs.
+) -> Iterator[tuple[list[int], EpisodeBatch, Tensor]]:
+    """(places in the step, batch, truth) of every step from `step` on, made by a thread while the step before runs.
 
-    Step s takes one source and one (B, N, K) for all workers; batch i of the step goes to rank i. Each source and
-    tuple has its own sequence of batches, so shapes are equal on all ranks whatever their number.
+    Step s takes one source and one (B, N, K) for all workers, and as many batches as there are workers, whose episodes
+    are shared out. Each source and tuple has its own sequence of batches, so shapes are equal on all ranks whatever
+    their number.
     """
     taken: Counter[tuple[int, int]] = Counter()
     pinned = pick_device(config.device).type == "cuda"
@@ -308,11 +308,11 @@ def read_ahead(
         """(source, group) of a step."""
         return _number(config.seed, step, "source") % len(sources), _number(config.seed, step) % len(config.batches)
 
-    def load(source: int, group: int, position: int) -> tuple[EpisodeBatch, Tensor]:
+    def load(source: int, group: int, position: int) -> tuple[list[int], EpisodeBatch, Tensor]:
         shards, builder = sources[source]
-        drawn = shards.batch(group, position)
+        places, drawn = shards.share(group, position, worker.rank, worker.world)
         batch, truth = builder.pack(drawn), builder.truth(drawn)
-        return (batch.pin_memory(), truth.pin_memory()) if pinned else (batch, truth)
+        return (places, batch.pin_memory(), truth.pin_memory()) if pinned else (places, batch, truth)
 
     taken.update(kind_of(past) for past in range(step))
     with ThreadPoolExecutor(1) as executor:
@@ -320,7 +320,7 @@ def read_ahead(
         while True:
             while len(ahead) < 2:
                 kind = kind_of(step)
-                ahead.append(executor.submit(load, *kind, taken[kind] * worker.world + worker.rank))
+                ahead.append(executor.submit(load, *kind, taken[kind]))
                 taken[kind] += 1
                 step += 1
             yield ahead.pop(0).result()

@@ -1,8 +1,10 @@
 """Small inputs made by code: a COCO folder of noise photos and weights of a small ViT."""
 
+import atexit
 import json
 import os
 import shutil
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +25,25 @@ SHARED = Path(__file__).parents[1].parent / "shared"
 TINY = {"backbone": "vit_demo_patch8_128", "image_size": 64}  # 8x8 tokens of 128 channels
 GREY, EMPTY, CROWDED = 3, 4, 5  # numbers of the photos of each split that are so
 PERSON, DOG = 1, 18
+EXIT_STATUS = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """Leave at once: threads of Ray's and torch's libraries can outlive what they use as the interpreter is taken down.
+
+    The commands of the product, which tests run as processes, end by themselves.
+    """
+    if EXIT_STATUS in config.stash:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[EXIT_STATUS])
 
 
 @contextmanager

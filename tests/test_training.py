@@ -1,6 +1,7 @@
 """Training: shapes equal on all ranks, resume, two workers, and that it learns."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -178,13 +179,34 @@ def test_all_ranks_have_one_shape_in_a_step_and_share_no_episode(workspace):
 
     def steps(rank, world):
         batches = read_ahead(config, [(shards, Names())], Worker(rank, world), 0)
-        return [next(batches)[0] for _ in range(10)]
+        return [next(batches)[1] for _ in range(10)]
 
     alone, first, second = steps(0, 1), steps(0, 2), steps(1, 2)
     for one, other in zip(first, second, strict=True):
         assert [ways for ways, _ in one] == [ways for ways, _ in other]
         assert not set(one) & set(other)
     assert [b[0][0] for b in alone] == [b[0][0] for b in first], "a step's shape does not depend on the workers"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_episodes_of_a_step_are_shared_out_evenly_and_keep_their_places(workspace, world):
+    store = FeatureStore(next((workspace / "features").iterdir()))
+    plan = training_plan(settings(workspace, batches=((4, 2, 3),), train_batches=12))
+    shards = ensure_episodes(plan, store)
+    costs, apart = Counter(), Counter()
+    for step in range(12 // world):
+        inorder = [e for part in range(world) for e in shards.batch(0, step * world + part)]
+        shares = [shards.share(0, step, rank, world) for rank in range(world)]
+        assert sorted(place for places, _ in shares for place in places) == list(range(4 * world))
+        for rank, (places, episodes) in enumerate(shares):
+            assert episodes == [inorder[place] for place in places]
+            costs[step, rank] = sum(len(e.supports) + len(e.pairs) for e in episodes)
+            apart[step, rank] = sum(len(e.supports) + len(e.pairs) for e in inorder[4 * rank : 4 * rank + 4])
+
+    def waited(of):
+        return sum(max(of[step, rank] for rank in range(world)) for step in range(12 // world))
+
+    assert waited(costs) < waited(apart) or world == 1
 
 
 def test_resumed_reading_takes_up_the_same_batches(workspace):
@@ -201,7 +223,7 @@ def test_resumed_reading_takes_up_the_same_batches(workspace):
 
     def take(start, count):
         batches = read_ahead(config, [(shards, Indices())], Worker(), start)
-        return [next(batches)[0] for _ in range(count)]
+        return [next(batches)[1] for _ in range(count)]
 
     assert take(0, 9)[5:] == take(5, 4)
 
