@@ -133,8 +133,8 @@ def bench_evaluate(
 @app.command("training")
 def bench_training(
     preset: Annotated[str, typer.Option(help="paper, official, hybrid or debug.")] = "paper",
-    batch_scale: BatchScaleOption = 0.5,
-    steps: Annotated[int, typer.Option(min=10, help="Steps of each training that count, after 20 that do not.")] = 60,
+    batch_scale: BatchScaleOption = 1.0,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of each training that count, after 20 that do not.")] = 30,
     repeats: RepeatsOption = 3,
     device: DeviceOption = "auto",
     workspace: WorkspaceOption = WORKSPACE,

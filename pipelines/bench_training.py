@@ -19,7 +19,7 @@ def bench_training(
     workspace: Path,
     preset: str = "paper",
     batches: tuple[tuple[int, int, int], ...] = TrainConfig.model_fields["batches"].default,
-    steps: int = 60,
+    steps: int = 30,
     repeats: int = 3,
     store: str | None = None,
     device: str = "auto",

@@ -176,11 +176,10 @@ class EpisodeShards:
     def share(self, group: int, step: int, rank: int = 0, world: int = 1) -> tuple[list[int], list[Episode]]:
         """Of the `world` batches of a step, the episodes of a rank and their places among all of the step.
 
-        Every rank gets as many, and as near as can be as many annotated pairs: these take the time of a step, at whose
-        end all ranks wait for the slowest.
+        Every rank gets as many, and as near as can be as much work, because at a step's end all wait for the slowest.
         """
         found = [row for part in range(world) for row in self._rows(group, step * world + part)]
-        places = dealt([len(row["supports"]) + len(row["pairs"]) for _, row in found], world)[rank]
+        places = dealt([sum(map(_work, row["pairs"])) for _, row in found], world)[rank]
         return places, [to_episode(*found[place], self._dataset) for place in places]
 
     def _rows(self, group: int, position: int) -> list[tuple[Path, dict]]:
@@ -202,8 +201,13 @@ class EpisodeShards:
                     yield from (to_episode(path, row, self._dataset) for row in rows)
 
 
+def _work(pair: dict) -> int:
+    """The time LA takes for a pair: points and boxes are encoded by attention, which is half as much again."""
+    return 3 if pair["points"] or pair["boxes"] else 2
+
+
 def dealt(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """For each rank the places of its costs, as many for every rank: the highest first, each to who has least so far."""
+    """For each rank the places of its costs, as many for every rank: the highest first, each to who has least."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     total = [0] * ranks
     for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
