@@ -75,6 +75,7 @@ class EpisodeBatch(_Movable):
 
     query: Tensor  # (B, h, w, Dv) backbone features
     support: Tensor  # (L, h, w, Dv)
+    support_counts: tuple[int, ...]  # of each support, how many its episode has, with those of other chunks
     pairs: Pairs
     pair_support: Tensor  # (P,) long
     pair_place: Tensor  # (P,) long, place among the pairs of its support
@@ -111,11 +112,13 @@ def pack(
     """
     slots = max(len(e.classes) for e in episodes) + 1
     images: list[int] = []
+    counts: list[int] = []
     packed: list[tuple[int, int, tuple]] = []  # (support, episode * C + slot, pair or None for background)
     for b, episode in enumerate(episodes):
         taken = [k for k in range(len(episode.supports)) if supports is None or k in supports]
         row = {k: len(images) + i for i, k in enumerate(taken)}
         images += [episode.supports[k] for k in taken]
+        counts += [len(episode.supports)] * len(taken)
         packed += [(row[k], b * slots, None) for k in taken]
         packed += [(row[p.support], b * slots + 1 + p.slot, p) for p in episode.pairs if p.support in row]
     points = [p.points if p else () for _, _, p in packed]
@@ -147,6 +150,7 @@ def pack(
     return EpisodeBatch(
         query=features([e.query for e in episodes]),
         support=features(images),
+        support_counts=tuple(counts),
         pairs=Pairs.of(valid, torch.tensor([p[1] for p in packed])),
         pair_support=pair_support,
         pair_place=place,

@@ -1,7 +1,7 @@
 """The heads with a fixed number of classes and supports, for `torch.export` and ONNX: features in, logits out.
 
 What a model keeps of supports is an input, so that one exported file serves any classes. LA takes their prototypes; the
-hybrid the tokens of one support for each pair of class and shot, pairs of a class together.
+hybrid what it compares queries with, of one support for each pair of class and shot, pairs of a class together.
 """
 
 from pathlib import Path
@@ -31,11 +31,11 @@ class LabelAnythingHeads(nn.Module):
 
 
 class HybridHeads(nn.Module):
-    """query (1, h, w, Dv), and of P = ways * shots supports their unit tokens (P, n, Dv), these in the space of
-    affinity (P, n, Dv), and how much each belongs to the class (P, n) -> logits (1, C, 4h, 4w), slot 0 the background.
+    """query (1, h, w, Dv), and of P = ways * shots supports the rest of `la.matching.Annotated`: sums (2, P, Dv), keys
+    (P, m, Dv), weight (P, m) and mass (m,) -> logits (1, C, 4h, 4w), slot 0 the background.
     """
 
-    inputs = ("query", "tokens", "mapped", "weight")
+    inputs = ("query", "sums", "keys", "weight", "mass")
 
     def __init__(self, model: Hybrid, ways: int, shots: int):
         super().__init__()
@@ -44,8 +44,8 @@ class HybridHeads(nn.Module):
         self.register_buffer("slot", torch.arange(1, ways + 1).repeat_interleave(shots), persistent=False)
         self.register_buffer("photo", torch.arange(ways * shots), persistent=False)
 
-    def forward(self, query: Tensor, tokens: Tensor, mapped: Tensor, weight: Tensor) -> Tensor:
-        supports = Annotated(self.slot, self.photo, weight, tokens, mapped)
+    def forward(self, query: Tensor, sums: Tensor, keys: Tensor, weight: Tensor, mass: Tensor) -> Tensor:
+        supports = Annotated(self.slot, self.photo, weight, mass, sums, keys)
         return self.model.decode(query, self.model.matching.match(query, self.slots, [supports]), self.slots)
 
 
@@ -72,37 +72,43 @@ def heads_inputs(learned: Learned) -> dict[str, Tensor]:
         )
     order = found.slot.argsort(stable=True)
     photo = found.photo[order]
-    tensors = {"tokens": found.tokens[photo], "mapped": found.mapped[photo], "weight": found.weight[order]}
+    tensors = {"sums": found.sums[:, order], "keys": found.keys[photo], "weight": found.weight[order]}
+    tensors["mass"] = found.mass
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
-def example_inputs(heads: LabelAnythingHeads | HybridHeads, grid: tuple[int, int]) -> dict[str, Tensor]:
-    """Random inputs of the right shapes, which exporting traces."""
+def example_inputs(
+    heads: LabelAnythingHeads | HybridHeads, grid: tuple[int, int], keys: int | None = None
+) -> dict[str, Tensor]:
+    """Random inputs of the right shapes for feature maps of this grid, which exporting traces.
+
+    `keys` is their number for each support, where it is not that of the tokens (see `la.matching.MOST_TOKENS`).
+    """
     config, (h, w) = heads.model.config, grid
     made = {"query": torch.randn(1, h, w, config.channels)}
     if isinstance(heads, LabelAnythingHeads):
         return made | {"prototypes": torch.randn(1, heads.slots.shape[1], config.dim)}
-    pairs = len(heads.slot)
-    # two tensors, not one twice, which tracing would take for one input
-    tokens, mapped = torch.nn.functional.normalize(torch.randn(2, pairs, h * w, config.channels), dim=-1)
-    return made | {"tokens": tokens, "mapped": mapped.clone(), "weight": torch.rand(pairs, h * w)}
+    pairs, keys = len(heads.slot), keys or h * w
+    made |= {"sums": torch.randn(2, pairs, config.channels)}
+    made |= {"keys": torch.nn.functional.normalize(torch.randn(pairs, keys, config.channels), dim=-1)}
+    return made | {"weight": torch.rand(pairs, keys), "mass": torch.ones(keys)}
 
 
-def export_program(heads: LabelAnythingHeads | HybridHeads, grid: tuple[int, int]) -> torch.export.ExportedProgram:
-    """By `torch.export`, for feature maps of this grid."""
+def export_program(heads: LabelAnythingHeads | HybridHeads, inputs: dict[str, Tensor]) -> torch.export.ExportedProgram:
+    """By `torch.export`, for inputs of these shapes."""
     with torch.no_grad():
-        return torch.export.export(heads, tuple(example_inputs(heads, grid).values()))
+        return torch.export.export(heads, tuple(inputs.values()))
 
 
-def export_onnx(heads: LabelAnythingHeads | HybridHeads, grid: tuple[int, int], path: Path) -> None:
-    """One ONNX file with named inputs and the output `logits`. Raises InputError where onnx is not installed."""
+def export_onnx(heads: LabelAnythingHeads | HybridHeads, inputs: dict[str, Tensor], path: Path) -> None:
+    """One ONNX file with named inputs of these shapes and the output `logits`; InputError where onnx is missing."""
     try:
         import onnxscript  # noqa: F401  torch's exporter needs it and says so less clearly
     except ImportError as error:
         raise InputError("ONNX export needs more packages: pip install 'label-anything[export]'.") from error
     program = torch.onnx.export(
         heads,
-        tuple(example_inputs(heads, grid).values()),
+        tuple(inputs.values()),
         input_names=list(heads.inputs),
         output_names=["logits"],
         dynamo=True,

@@ -8,7 +8,6 @@ from torch import Tensor
 from la.device import autocast
 from la.errors import InputError
 from la.hybrid import Hybrid
-from la.matching import Annotated
 from la.model import LabelAnything
 from la.support_set import SupportSet
 
@@ -61,12 +60,12 @@ class Prototypes:
 
 
 class Matched:
-    """The hybrid: unit tokens of the supports, and how much each of them belongs to the classes shown."""
+    """The hybrid: what of the supports belongs to the classes shown, and the tokens that queries are compared with."""
 
     @torch.inference_mode()
     def __init__(self, model: Hybrid, supports: SupportSet, device: torch.device):
         self.model, self.classes = model, supports.classes
-        self.annotated: Annotated = model.matching.annotated(supports.batch().to(device))
+        (self.annotated,) = model.matching.annotated(supports.batch().to(device))
         self.slots = torch.ones(1, len(self.classes) + 1, dtype=torch.bool, device=device)
 
     @torch.inference_mode()

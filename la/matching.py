@@ -1,14 +1,15 @@
 """What training-free matching knows of a query, for every class of an episode: maps that a decoder can read.
 
-Prototypes and affinities of annotated pairs are summed over shots before anything looks at them, so cost is linear in
-the number of shots and each shot sharpens the same maps. Between query and support maps of n tokens an affinity has
-n x n entries; they are made for a few supports at a time, once for all classes that a support shows, and never kept.
+Prototypes and affinities of annotated pairs are summed over shots before anything looks at them, so each shot sharpens
+the same maps. Between query and support maps of n tokens an affinity has n x n entries; they are made for a few
+supports at a time, once for all classes that a support shows, and never kept. Cost is linear in the number of supports
+up to `MOST_TOKENS` of them, and from there on constant: then a support's neighbouring tokens are compared as one.
 """
 
 import itertools
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from la.baselines import box_coverage, mask_coverage, point_coverage
 from la.batch import EpisodeBatch
 
 PAIRS_AT_ONCE = 8  # whose tokens are summed together
+MOST_TOKENS = 10_000  # of an episode's supports for affinity: 11 photos of 30 x 30, each token by itself
 AFFINITIES_AT_ONCE = 2**21  # entries in memory together, 8 MB: what is worked on in place should not leave the cache
 TEMPERATURES = (0.1, 0.05)  # of affinities; where one is half of that before it, a square takes an exponential's place
 SMOOTHING = 0.07  # temperature at which a query token takes after the tokens that resemble it
@@ -83,18 +85,30 @@ class Matching(nn.Module):
         """
         chunks = iter([batch] if isinstance(batch, EpisodeBatch) else batch)
         first = next(chunks)
-        supports = (self.annotated(chunk) for chunk in itertools.chain([first], chunks))
+        supports = (part for chunk in itertools.chain([first], chunks) for part in self.annotated(chunk))
         return self.match(first.query, first.slots, supports)
 
     @torch.no_grad()
-    def annotated(self, batch: EpisodeBatch) -> "Annotated":
-        """What matching needs of the supports of a batch, whatever the query."""
+    def annotated(self, batch: EpisodeBatch) -> list["Annotated"]:
+        """What matching needs of the supports of a batch, whatever the query; parts with as many keys a support."""
         with torch.autocast(batch.support.device.type, enabled=False):  # bfloat16 cannot tell cosines near 1 apart
             support = self._units(batch.support)
-            mapped = self._in_metric(support) if self.affinity else support  # once, however many classes a photo shows
             shown = (batch.pairs.slot % batch.slots.shape[1] > 0).nonzero()[:, 0]  # background pairs have no prompts
-            weights = self.completion(batch, support)
-            return Annotated(batch.pairs.slot[shown], batch.pair_support[shown], weights[shown], support, mapped)
+            slot, photo = batch.pairs.slot[shown], batch.pair_support[shown]
+            weight = self.completion(batch, support)[shown]
+            keys = self._in_metric(support) if self.affinity else support  # once, however many classes a photo shows
+            grid = batch.support.shape[1:3]
+            sides = [_side(count, grid) for count in batch.support_counts]
+            if len(set(sides)) == 1:
+                return [Annotated.of(slot, photo, weight, support, keys, grid, sides[0])]
+            found = []
+            for side in sorted(set(sides)):
+                rows = torch.tensor([row for row, its in enumerate(sides) if its == side], device=photo.device)
+                place = photo.new_zeros(len(sides)).index_put((rows,), torch.arange(len(rows), device=photo.device))
+                of = torch.isin(photo, rows)
+                pairs = (slot[of], place[photo[of]], weight[of])
+                found.append(Annotated.of(*pairs, support[rows], keys[rows], grid, side))
+            return found
 
     @torch.no_grad()
     def match(self, query: Tensor, slots: Tensor, supports: Iterable["Annotated"]) -> Tensor:
@@ -134,31 +148,60 @@ class Matching(nn.Module):
 
 @dataclass(frozen=True)
 class Annotated:
-    """L supports with p annotated pairs as matching sees them: nothing here depends on a query."""
+    """L supports with p annotated pairs as matching sees them: nothing here depends on a query.
+
+    Their n tokens are m keys: themselves, or the directions of the means of squares of neighbours.
+    """
 
     slot: Tensor  # (p,) long, episode * C + slot
     photo: Tensor  # (p,) long, the pair's support
-    weight: Tensor  # (p, n) in 0..1, how much each support token belongs to the class
-    tokens: Tensor  # (L, n, D) unit features
-    mapped: Tensor  # (L, n, D) in the space of affinity
+    weight: Tensor  # (p, m) in 0..1, how much each key belongs to the class
+    mass: Tensor  # (m,) the tokens of each key
+    sums: Tensor  # (2, p, D): the unit tokens of the pair's class, and the rest of its support
+    keys: Tensor  # (L, m, D) in the space of affinity
 
-    @cached_property
-    def sums(self) -> Tensor:
-        """(2, p, D): the support tokens of the pair's class, and the rest of its support."""
-        shares = torch.stack((self.weight, 1 - self.weight), 1)
-        some = zip(shares.split(PAIRS_AT_ONCE), self.photo.split(PAIRS_AT_ONCE), strict=True)
-        return torch.cat([share @ self.tokens[photo] for share, photo in some]).transpose(0, 1)
+    @classmethod
+    def of(
+        cls, slot: Tensor, photo: Tensor, weight: Tensor, tokens: Tensor, keys: Tensor, grid: Sequence[int], side: int
+    ) -> "Annotated":
+        """From weights (p, n), unit tokens (L, n, D) and these in the space of affinity, of a grid (h, w)."""
+        shares = torch.stack((weight, 1 - weight), 1)
+        some = zip(shares.split(PAIRS_AT_ONCE), photo.split(PAIRS_AT_ONCE), strict=True)
+        sums = torch.cat([share @ tokens[of] for share, of in some]).transpose(0, 1)
+        mass = torch.ones_like(tokens[0, :, 0])
+        if side > 1:
+            mass = _pooled(mass, grid, side)
+            weight = _pooled(weight, grid, side) / mass
+            keys = F.normalize(_pooled(keys.transpose(1, 2), grid, side).transpose(1, 2), dim=-1)
+        return cls(slot, photo, weight, mass, sums, keys)
+
+    @property
+    def cover(self) -> Tensor:
+        """(p,): the share of its support that a pair's class covers."""
+        return self.weight @ self.mass / self.mass.sum()
 
     def episode(self, slots: int) -> Tensor:
         """(L,) long, of each support; 0 for one that no pair is on."""
-        return self.slot.new_zeros(len(self.mapped)).index_put((self.photo,), self.slot // slots)
+        return self.slot.new_zeros(len(self.keys)).index_put((self.photo,), self.slot // slots)
 
     def values(self, slots: int) -> Tensor:
-        """(L, C, n): how much a support's tokens belong to each class; in place of slot 0, the number of its pairs."""
-        values = self.weight.new_zeros(len(self.mapped), slots, self.weight.shape[1])
+        """(L, C, m): how much a support's tokens belong to each class; in place of slot 0, the number of its pairs."""
+        values = self.weight.new_zeros(len(self.keys), slots, self.weight.shape[1])
         values.flatten(0, 1).index_add_(0, self.photo * slots + self.slot % slots, self.weight)
         values[:, 0].index_add_(0, self.photo, torch.ones_like(self.weight))
-        return values
+        return values * self.mass
+
+
+def _side(supports: int, grid: Sequence[int]) -> int:
+    """Of the squares of tokens that are one key where an episode has so many supports of h x w tokens."""
+    return max(1, math.ceil(math.sqrt(supports * math.prod(grid) / MOST_TOKENS)))
+
+
+def _pooled(maps: Tensor, grid: Sequence[int], side: int) -> Tensor:
+    """(..., h * w) -> (..., m): sums over squares of `side` x `side`, cut where the grid ends."""
+    h, w = grid
+    square = F.pad(maps.unflatten(-1, (h, w)), (0, -w % side, 0, -h % side))
+    return square.unflatten(-1, (-1, side)).unflatten(-3, (-1, side)).sum((-1, -3)).flatten(-2)
 
 
 class _Sums:
@@ -173,8 +216,8 @@ class _Sums:
         self.read = query.new_zeros(len(TEMPERATURES), b, slots, n)
 
     def count(self, supports: Annotated) -> None:
-        weight = supports.weight
-        self.cover.index_add_(1, supports.slot, torch.stack((weight.mean(1), torch.ones_like(weight[:, 0]))))
+        cover = supports.cover
+        self.cover.index_add_(1, supports.slot, torch.stack((cover, torch.ones_like(cover))))
 
     def add(self, supports: Annotated) -> None:
         self.covered.index_add_(1, supports.slot, supports.sums)
@@ -182,12 +225,12 @@ class _Sums:
     def attend(self, query: Tensor, supports: Annotated) -> None:
         """Unit query tokens (B, n, D) in the space of affinity."""
         sharp = query.transpose(1, 2) / TEMPERATURES[0]
-        at_once = max(1, AFFINITIES_AT_ONCE // (query.shape[1] * supports.mapped.shape[1]))
-        parts = (supports.episode(self.slots), supports.values(self.slots), supports.mapped)
-        for episode, values, tokens in zip(*(part.split(at_once) for part in parts), strict=True):
+        at_once = max(1, AFFINITIES_AT_ONCE // (query.shape[1] * supports.keys.shape[1]))
+        parts = (supports.episode(self.slots), supports.values(self.slots), supports.keys)
+        for episode, values, keys in zip(*(part.split(at_once) for part in parts), strict=True):
             asking = sharp if len(sharp) == 1 else sharp[episode]
             # cosines are 1 at most, so the largest exponent is known and no second pass over the shots is needed
-            attention = (tokens @ asking).sub_(1 / TEMPERATURES[0]).exp_()
+            attention = (keys @ asking).sub_(1 / TEMPERATURES[0]).exp_()
             for number, temperature in enumerate(TEMPERATURES):
                 if number:
                     attention.pow_(TEMPERATURES[number - 1] / temperature)

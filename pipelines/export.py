@@ -52,15 +52,15 @@ def export_heads(
         raise InputError("nothing says how many classes the heads are for: pass --ways or --prototypes.")
     side = grid or _grid(known.features)
     heads = heads_of(known.model, ways, shots)
+    inputs = example_inputs(heads, (side, side), kept["keys"].shape[1] if "keys" in kept else None)
     if out.suffix == ".pt2":
-        program = export_program(heads, (side, side))
+        program = export_program(heads, inputs)
         write_whole(out, lambda temporary: _saved(program, temporary))
         module = program.module()
-        inputs = example_inputs(heads, (side, side))
         difference = float((module(*inputs.values()) - heads(**inputs)).abs().max())
     else:
-        write_whole(out, lambda temporary: export_onnx(heads, (side, side), temporary))
-        difference = _onnx_difference(heads, (side, side), out)
+        write_whole(out, lambda temporary: export_onnx(heads, inputs, temporary))
+        difference = _onnx_difference(heads, inputs, out)
     beside = None
     if names:
         beside = out.with_suffix(".npz")
@@ -86,11 +86,10 @@ def _npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 @torch.inference_mode()
-def _onnx_difference(heads: torch.nn.Module, grid: tuple[int, int], path: Path) -> float | None:
+def _onnx_difference(heads: torch.nn.Module, inputs: dict[str, torch.Tensor], path: Path) -> float | None:
     try:
         import onnxruntime
     except ImportError:
         return None
-    inputs = example_inputs(heads, grid)
     found = onnxruntime.InferenceSession(path).run(None, {name: x.numpy() for name, x in inputs.items()})[0]
     return float(np.abs(found - heads(**inputs).numpy()).max())

@@ -32,9 +32,10 @@ def test_exported_heads_agree_with_the_model(name, ways, tmp_path):
     for weights in model.parameters():  # some start at zero, which would hide what comes before them
         weights += 0.1 * torch.randn_like(weights)
     heads = heads_of(model, ways)
-    export_onnx(heads, GRID, tmp_path / "heads.onnx")
+    traced = example_inputs(heads, GRID)
+    export_onnx(heads, traced, tmp_path / "heads.onnx")
     session = ort.InferenceSession(tmp_path / "heads.onnx")
-    program = export_program(heads, GRID).module()
+    program = export_program(heads, traced).module()
     for seed in (1, 2):  # other numbers than those it was traced with
         torch.manual_seed(seed)
         inputs = example_inputs(heads, GRID)

@@ -143,6 +143,52 @@ def test_supports_in_chunks_give_the_same_maps():
     torch.testing.assert_close(Matching(3)(chunks), Matching(3)(together))
 
 
+@pytest.mark.parametrize("side", [2, 3])
+def test_neighbours_of_one_feature_are_compared_as_one_and_give_the_same_maps(monkeypatch, side):
+    """Grids of 4 x 6 in squares of one feature and one coverage; 3 does not divide the 4 rows."""
+
+    def blocks(image, channels):
+        generator = torch.Generator().manual_seed(image)
+        small = torch.rand(-(-4 // side), 6 // side, channels, generator=generator)
+        return small.repeat_interleave(side, 0)[:4].repeat_interleave(side, 1)
+
+    def features(images):
+        return torch.stack([blocks(image, 5) - 0.5 for image in images])
+
+    def mask(image, annotations):  # at four cells to a feature cell
+        return blocks(sum(annotations), 1)[..., 0].repeat_interleave(4, 0).repeat_interleave(4, 1)
+
+    pairs = tuple(Pair(n, n % 2, (n + 1,), (), ()) for n in range(5))
+    batch = pack([Episode(0, (7, 8), 100, (1, 2, 3, 4, 5), pairs)], features, mask, lambda _: (40, 60))
+    matching = Matching(5)
+    wanted = matching(batch)
+    monkeypatch.setattr("la.matching.MOST_TOKENS", 5 * 24 / side**2)
+    (annotated,) = matching.annotated(batch)
+    assert annotated.keys.shape == (5, -(-4 // side) * (6 // side), 5)
+    torch.testing.assert_close(matching(batch), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_are_compared_as_one_by_what_their_own_episode_has(monkeypatch):
+    """Neither mates in a batch nor chunks of supports change that."""
+
+    def features(images):
+        return torch.stack([torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(i)) for i in images])
+
+    monkeypatch.setattr("la.matching.MOST_TOKENS", 48)
+    many = Episode(0, (7, 8), 100, (1, 2, 3, 4, 5), tuple(Pair(n, n % 2, (n,), (), ()) for n in range(5)))
+    few = Episode(1, (7, 8), 101, (6, 7, 8), tuple(Pair(n, n % 2, (n,), (), ()) for n in range(3)))
+    matching = Matching(6)
+
+    def packed(*episodes, supports=None):
+        return pack(episodes, features, left_mask, lambda _: SIZE, supports)
+
+    assert [part.keys.shape[:2] for part in matching.annotated(packed(many, few))] == [(3, 16), (5, 4)]
+    alone = torch.cat([matching(packed(many)), matching(packed(few))])
+    torch.testing.assert_close(matching(packed(many, few)), alone)
+    chunks = (packed(many, few, supports=range(n, n + 2)) for n in (0, 2, 4))
+    torch.testing.assert_close(matching(chunks), alone)
+
+
 def test_points_and_boxes_grow_to_what_resembles_them():
     completion = PromptCompletion()
     completion.box.fill_(0.0)

@@ -50,6 +50,7 @@ def packed(case) -> EpisodeBatch:
     return EpisodeBatch(
         query=case["embeddings"][:, 0].permute(0, 2, 3, 1),
         support=case["embeddings"][:, 1:].flatten(0, 1).permute(0, 2, 3, 1),
+        support_counts=(m,) * (b * m),
         pairs=Pairs.of(torch.ones(b, c, dtype=torch.bool), episode * c + slot),
         pair_support=pair_support,
         pair_place=ranks(pair_support),
