@@ -221,7 +221,7 @@ def bench_all(
         path = root.find_store(store)
         info = FeatureStore(path).info
         vit, size = info.backbone, info.image_size
-        batches = of_recipe("small", 0.5)["batches"]
+        batches = of_recipe("small", 1.0)["batches"]
         runs = {
             "store": lambda: [bench.bench_store(path)],
             "episodes": lambda: [bench.bench_episodes(path)],

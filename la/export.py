@@ -1,7 +1,8 @@
 """The heads with a fixed number of classes and supports, for `torch.export` and ONNX: features in, logits out.
 
 What a model keeps of supports is an input, so that one exported file serves any classes. LA takes their prototypes; the
-hybrid what it compares queries with, of one support for each pair of class and shot, pairs of a class together.
+hybrid what it compares queries with, of one support for each pair of class and shot, pairs of a class together, so that
+its file serves any classes shown on as many photos.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from la.errors import InputError
 from la.hybrid import Hybrid
 from la.learned import Learned, Matched, Prototypes
-from la.matching import Annotated
+from la.matching import Annotated, keys_of
 from la.model import LabelAnything
 
 
@@ -82,13 +83,14 @@ def example_inputs(
 ) -> dict[str, Tensor]:
     """Random inputs of the right shapes for feature maps of this grid, which exporting traces.
 
-    `keys` is their number for each support, where it is not that of the tokens (see `la.matching.MOST_TOKENS`).
+    `keys` is how many the hybrid has of each support, by default where each shot is a photo of its own.
     """
     config, (h, w) = heads.model.config, grid
     made = {"query": torch.randn(1, h, w, config.channels)}
     if isinstance(heads, LabelAnythingHeads):
         return made | {"prototypes": torch.randn(1, heads.slots.shape[1], config.dim)}
-    pairs, keys = len(heads.slot), keys or h * w
+    pairs = len(heads.slot)
+    keys = keys or keys_of(pairs, grid)
     made |= {"sums": torch.randn(2, pairs, config.channels)}
     made |= {"keys": torch.nn.functional.normalize(torch.randn(pairs, keys, config.channels), dim=-1)}
     return made | {"weight": torch.rand(pairs, keys), "mass": torch.ones(keys)}

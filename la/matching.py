@@ -2,8 +2,8 @@
 
 Prototypes and affinities of annotated pairs are summed over shots before anything looks at them, so each shot sharpens
 the same maps. Between query and support maps of n tokens an affinity has n x n entries; they are made for a few
-supports at a time, once for all classes that a support shows, and never kept. Cost is linear in the number of supports
-up to `MOST_TOKENS` of them, and from there on constant: then a support's neighbouring tokens are compared as one.
+supports at a time, once for all classes that a support shows, and never kept. Their cost is linear in the number of
+supports up to `MOST_TOKENS`, and never more than that: beyond, a support's neighbouring tokens are compared as one.
 """
 
 import itertools
@@ -178,7 +178,7 @@ class Annotated:
     @property
     def cover(self) -> Tensor:
         """(p,): the share of its support that a pair's class covers."""
-        return self.weight @ self.mass / self.mass.sum()
+        return (self.weight * self.mass).sum(1) / self.mass.sum()
 
     def episode(self, slots: int) -> Tensor:
         """(L,) long, of each support; 0 for one that no pair is on."""
@@ -195,6 +195,12 @@ class Annotated:
 def _side(supports: int, grid: Sequence[int]) -> int:
     """Of the squares of tokens that are one key where an episode has so many supports of h x w tokens."""
     return max(1, math.ceil(math.sqrt(supports * math.prod(grid) / MOST_TOKENS)))
+
+
+def keys_of(supports: int, grid: Sequence[int]) -> int:
+    """How many keys each of so many supports of h x w tokens has."""
+    side = _side(supports, grid)
+    return math.prod(-(-n // side) for n in grid)
 
 
 def _pooled(maps: Tensor, grid: Sequence[int], side: int) -> Tensor:

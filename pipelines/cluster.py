@@ -8,9 +8,6 @@ from pathlib import Path
 
 from la.errors import InputError
 
-# With it, threads of this process go on exporting metrics after `ray.shutdown()` and can crash it as it ends.
-os.environ.setdefault("RAY_enable_open_telemetry", "0")
-
 CODE = Path(__file__).parents[1]
 # What nobody asks for of a Ray that is started here and stopped again: each of its idle processes takes a hundredth of
 # a core, which workers feel where they have all cores. The preemption of nodes is of clouds.
@@ -40,8 +37,8 @@ def ray_session() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS") or "local"
     # of a Ray started here; what a cluster has was said when it was started
     own = {"include_dashboard": False} if address == "local" else {}
-    for name, value in QUIET.items() if address == "local" else ():
-        os.environ.setdefault(name, value)
+    quiet = {name: value for name, value in QUIET.items() if own and name not in os.environ}
+    os.environ.update(quiet)
     try:
         ray.init(
             address=address,
@@ -59,6 +56,8 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        for name in quiet:
+            del os.environ[name]
 
 
 def node_resources() -> list[dict[str, float]]:

@@ -179,7 +179,8 @@ class EpisodeShards:
         Every rank gets as many, and as near as can be as much work, because at a step's end all wait for the slowest.
         """
         found = [row for part in range(world) for row in self._rows(group, step * world + part)]
-        places = dealt([sum(map(_work, row["pairs"])) for _, row in found], world)[rank]
+        shares = dealt([sum(map(_work, row["pairs"])) for _, row in found], world)
+        places = shares[(rank + step) % world]  # the first share is often the largest
         return places, [to_episode(*found[place], self._dataset) for place in places]
 
     def _rows(self, group: int, position: int) -> list[tuple[Path, dict]]:

@@ -51,8 +51,10 @@ def photos():
     return [np.random.default_rng(seed).integers(0, 256, (96, 128, 3), np.uint8) for seed in range(3)]
 
 
-def test_the_example_segments_with_the_onnx_file_alone(tmp_path):
+@pytest.mark.parametrize("most", [10_000, 200])  # each token by itself, and neighbours as one
+def test_the_example_segments_with_the_onnx_file_alone(tmp_path, monkeypatch, most):
     """From saved classes to a mask, in a process that has neither torch nor the product."""
+    monkeypatch.setattr("la.matching.MOST_TOKENS", most)
     predictor = Predictor.from_checkpoint("demo", "cpu")
     mask = np.zeros((96, 128), bool)
     mask[20:70, 30:90] = True

@@ -26,7 +26,7 @@ from pipelines.config import ServeConfig
 from pipelines.serve.jobs import ClassSet, Jobs, Refused
 from pipelines.serve.queue import Job, JobQueue, timed
 
-MOST_LEARNED = 8  # class sets that a replica keeps; the hybrid takes 2.8 MB a support (ViT-S/14 at 420 px)
+MOST_LEARNED = 8  # class sets that a replica keeps; the hybrid takes 1.4 MB a support (ViT-S/14 at 420 px)
 TRIES = 2  # of a job whose replica died: who dies of it twice would die of it again
 START = 600.0  # seconds for all replicas to load their models
 PATIENCE = 300.0  # seconds for a job, and for a replica to come back where all died
