@@ -52,14 +52,16 @@ def export_heads(
         raise InputError("nothing says how many classes the heads are for: pass --ways or --prototypes.")
     side = grid or _grid(known.features)
     heads = heads_of(known.model, ways, shots)
-    inputs = example_inputs(heads, (side, side), kept["keys"].shape[1] if "keys" in kept else None)
+    keys = kept["keys"].shape[1] if "keys" in kept else None
+    # traced with the first numbers, held against the model on others: what a trace took for constant shows
+    traced, inputs = (example_inputs(heads, (side, side), keys) for _ in range(2))
     if out.suffix == ".pt2":
-        program = export_program(heads, inputs)
+        program = export_program(heads, traced)
         write_whole(out, lambda temporary: _saved(program, temporary))
         module = program.module()
         difference = float((module(*inputs.values()) - heads(**inputs)).abs().max())
     else:
-        write_whole(out, lambda temporary: export_onnx(heads, inputs, temporary))
+        write_whole(out, lambda temporary: export_onnx(heads, traced, temporary))
         difference = _onnx_difference(heads, inputs, out)
     beside = None
     if names:
