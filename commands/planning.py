@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,16 +23,20 @@ from commands.shell import (
     console,
     mistakes,
     of_recipe,
+    progress_bar,
 )
 from la.errors import InputError
 
 app = typer.Typer()
 BAR = 25  # percent that a prediction may be off
+COCO_PHOTOS = 123_287  # of train2017 and val2017
 
 
 @app.command()
 def plan(
-    images: Annotated[int, typer.Option(min=1, help="Photos to featurize, of all splits; COCO has 123287.")] = 123287,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Photos to featurize, all splits; default: those of --coco-dir or COCO.")
+    ] = None,
     backbone: BackboneOption = "vit_base_patch16_224.mae",
     image_size: SizeOption = 480,
     dtype: Annotated[Literal["float16", "int8"], typer.Option(help="How features are stored.")] = "float16",
@@ -70,6 +75,7 @@ def plan(
 ) -> None:
     """Disk, reading and hours of a study, and what will hold it up. What is not given is measured here in a minute.
 
+    With --coco-dir the photos are counted, and the supports that their classes have; without, they are COCO's.
     Rates measured here are those of this machine: plan for another one with rates measured there.
     """
     with mistakes():
@@ -94,6 +100,8 @@ def plan(
                 raise InputError("--verify runs on real photos: pass --coco-dir DIR with annotations/ and photos.")
             from pipelines.rehearsal import rehearse
 
+            if images is not None:
+                raise InputError("--images is planned for, --verify runs: with it pass --photos, how many at most.")
             featurizing = FeaturizeConfig(
                 workspace=Path("unused"),
                 coco_dir=coco_dir,
@@ -105,12 +113,16 @@ def plan(
             )
             seconds = time.perf_counter if clock == "wall" else time.process_time
             say = partial(console.print, style="dim")
-            show_comparison(rehearse(featurizing, training, photos, seconds, say))
+            with progress_of_stages() as advance:
+                compared = rehearse(featurizing, training, photos, seconds, say, advance)
+            show_comparison(compared)
         else:
             from pipelines.bench import memory_gb
-            from pipelines.capacity import Cluster, bytes_per_image, rates_of_steps, store_bytes
+            from pipelines.capacity import Cluster, bytes_per_image, images_per_step, rates_of_steps, store_bytes
             from pipelines.probes import feature_shape, measure_featurizing, measure_reading
 
+            found, photos_of = counted(coco_dir) if coco_dir else (COCO_PHOTOS, lambda c: images_per_step(c.batches))
+            images = images or found
             grid, channels = feature_shape(backbone, image_size)
             features = bytes_per_image(grid, channels, dtype)
             with tempfile.TemporaryDirectory(prefix="la-plan-") as name:
@@ -122,15 +134,34 @@ def plan(
                     lambda: measure_featurizing(folder, backbone, image_size, device=device, threads=threads),
                 )
                 if steps_per_second:
-                    jobs = trials(training, lambda c: rates_of_steps(steps_per_second, c.batches), seeds, episodes)
+                    given = partial(rates_of_steps, steps_per_second)
+                    jobs = trials(training, lambda c: given(c.batches), photos_of, seeds, episodes)
                 else:
-                    jobs = trials(training, measured_here(folder, backbone, image_size), seeds, episodes)
+                    here = measured_here(folder, backbone, image_size, photos_of)
+                    jobs = trials(training, here, photos_of, seeds, episodes)
             store = store_bytes(images, features)
             show_plan(images, features, store, rate, jobs, folds, cluster, dtype)
 
 
-def trials(training, rates_of: Callable, seeds: int, episodes: int) -> tuple:
-    """(the training asked for, the trials of the ablation sweep on one fold) with the rates of each."""
+@contextmanager
+def progress_of_stages():
+    """Gives a function of (stage, done, of all), each of whose stages has a bar from its first call on."""
+    bar, tasks = progress_bar(), {}
+
+    def advance(stage: str, done: int, total: int) -> None:
+        bar.start()  # not before: featurizing has a bar of its own
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage)
+        bar.update(tasks[stage], completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
+
+
+def trials(training, rates_of: Callable, photos_of: Callable, seeds: int, episodes: int) -> tuple:
+    """(the training asked for, the trials of the ablation sweep on one fold) with the rates and photos of each."""
     from pipelines.capacity import Training
     from sweeps.ablations import ABLATIONS
 
@@ -143,7 +174,7 @@ def trials(training, rates_of: Callable, seeds: int, episodes: int) -> tuple:
     def job(config, tasks=()) -> Training:
         drawn = config.train_batches * sum(size for size, _, _ in config.batches) // len(config.batches)
         lengths = (config.steps, config.val_every, config.val_episodes)
-        return Training(config.batches, *lengths, rates_of(config), drawn, tasks)
+        return Training(config.batches, *lengths, rates_of(config), drawn, tasks, photos_of(config))
 
     sweep = []
     for variant in ABLATIONS.variants:
@@ -156,7 +187,24 @@ def trials(training, rates_of: Callable, seeds: int, episodes: int) -> tuple:
     return job(training), sweep
 
 
-def measured_here(folder: Path, backbone: str, image_size: int) -> Callable:
+def counted(coco_dir) -> tuple[int, Callable]:
+    """(photos of a COCO folder, what a training config reads of them in a step)"""
+    from la.coco import find_splits, load_coco
+    from pipelines.probes import photos_drawn
+
+    with console.status(f"reading the annotations of {coco_dir}"):
+        datasets = {split: load_coco(file, None, split) for split, (file, _) in find_splits(coco_dir).items()}
+    known: dict[tuple, float] = {}
+
+    def photos_of(config) -> float:
+        if config.batches not in known:
+            known[config.batches] = photos_drawn(config, datasets["train"])
+        return known[config.batches]
+
+    return sum(len(dataset.images) for dataset in datasets.values()), photos_of
+
+
+def measured_here(folder: Path, backbone: str, image_size: int, photos_of: Callable) -> Callable:
     """Rates of a training config, measured on made-up features once for each preset and its batches."""
     from pipelines.probes import made_up_store, measure_training
 
@@ -175,7 +223,8 @@ def measured_here(folder: Path, backbone: str, image_size: int) -> Callable:
                 device=config.device,
                 threads=config.threads,
             )
-            known[key] = told(f"training, {config.preset}", lambda: measure_training(base, ((1, 1), (2, 1))))
+            rates = told(f"training, {config.preset}", lambda: measure_training(base, ((1, 1), (2, 1))))
+            known[key] = rates.with_photos(photos_of(config), config.batches)
         return known[key]
 
     return rates_of
@@ -189,10 +238,10 @@ def told(what: str, measure: Callable):
 
 def show_plan(images, features, store, rate, jobs, folds, cluster, dtype) -> None:
     """The plan as two tables: sizes and rates, then stages."""
-    from pipelines.capacity import images_per_step, plan_featurizing, plan_sweep, plan_training
+    from pipelines.capacity import plan_featurizing, plan_sweep, plan_training
 
     training, sweep = jobs
-    read = images_per_step(training.batches)
+    read = training.photos_a_step
     sizes = Table("what", "number", title="Sizes and rates", title_justify="left")
     sizes.add_row(f"features of a photo, {dtype}", f"{features / 1e6:.3f} MB")
     sizes.add_row(f"store of {images} photos", f"{store / 1e9:.1f} GB")

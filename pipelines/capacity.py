@@ -5,7 +5,7 @@ Arithmetic alone: rates come from `pipelines.probes`, which measures them here, 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from la.errors import InputError
 from pipelines.config import StoredDtype
@@ -49,6 +49,11 @@ class TrainRates:
     start_seconds: float = 0.0  # from the start to the first step
     draw_seconds: float = 0.0  # of drawing an episode
     evaluate_seconds: Mapping[Task, float] | float = 0.0  # of one episode of a task; a number: of each of its photos
+    evaluate_start_seconds: float = 0.0  # what an evaluation takes beside its episodes
+
+    def with_photos(self, photos: float, batches: Sequence[Kind]) -> "TrainRates":
+        """The rates where steps read so many photos, fewer than their batches ask for: a step goes with its photos."""
+        return replace(self, step_seconds=self.step_seconds * photos / images_per_step(batches))
 
     def episode(self, task: Task) -> float:
         """Seconds of one episode of a task; where it was not measured, by its photos, from the most like it."""
@@ -123,13 +128,19 @@ class Training:
     rates: TrainRates
     drawn: int = 0  # episodes drawn before it starts, once for each fold
     tasks: tuple[tuple[Task, int], ...] = ()
+    photos: float | None = None  # that a worker reads in a step, where classes have not photos enough for K shots
+
+    @property
+    def photos_a_step(self) -> float:
+        """Photos that a worker reads in a step."""
+        return images_per_step(self.batches) if self.photos is None else self.photos
 
     def step_seconds(self, features: int, store: int, cluster: Cluster) -> tuple[float, float]:
         """(compute, reading) of a step on the fullest node; reading runs ahead of the model, so the longer one counts.
 
         Only what the page cache misses is read from the disk, by all workers of a node together.
         """
-        missed = images_per_step(self.batches) * features * (1 - cluster.cached(store))
+        missed = self.photos_a_step * features * (1 - cluster.cached(store))
         return self.rates.step_seconds, cluster.workers_per_node * missed / (cluster.read_mb * 1e6)
 
     def seconds(self, features: int, store: int, cluster: Cluster) -> float:
@@ -142,7 +153,8 @@ class Training:
     @property
     def evaluating(self) -> float:
         """Seconds of evaluating its tasks."""
-        return sum(count * self.rates.episode(task) for task, count in self.tasks)
+        rates = self.rates
+        return sum(rates.evaluate_start_seconds + count * rates.episode(task) for task, count in self.tasks)
 
 
 def plan_training(name: str, trainings: Sequence[Training], features: int, store: int, cluster: Cluster) -> Stage:
@@ -168,7 +180,7 @@ def _held_up(trainings: Sequence[Training], features: int, store: int, cluster: 
         one, other = training.step_seconds(features, store, cluster)
         compute += training.steps * one
         reading += training.steps * other
-        taken += training.steps * images_per_step(training.batches) * features
+        taken += training.steps * training.photos_a_step * features
     rate = cluster.workers_per_node * taken / max(compute, reading) / 1e6
     if reading <= compute:
         return "compute", rate

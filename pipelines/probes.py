@@ -19,7 +19,9 @@ from PIL import Image as Pillow
 from torch import nn
 
 from la.backbone import random_vit
-from la.coco import load_coco
+from la.coco import Dataset, load_coco
+from la.episodes import Pool, training_episode
+from la.folds import fold_classes
 from pipelines.capacity import Kind, Task, TrainRates, images_of
 from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
 from pipelines.episodes import ensure_episodes, training_plan
@@ -37,7 +39,8 @@ CLASSES, CLASSES_IN_USE = 80, 16
 CLASSES_A_PHOTO, OBJECTS_A_PHOTO = 2, 5
 PHOTOS = {"train": 64, "val": 64}
 STEPS_A_KIND = 4  # of each kind of batch, on average
-EPISODES = 24  # of each task
+EPISODES = 24  # of each task, timed
+DRAWN = 200  # of each kind of batch, counted
 READ_BYTES, READ_AT_ONCE = 256_000_000, 1_000_000
 
 Clock = Callable[[], float]  # seconds: time.perf_counter, or time.process_time, which other processes do not disturb
@@ -154,11 +157,13 @@ def measure_training(
     manifest = ensure_episodes(training_plan(config), _store_of(config)).manifest
     started = clock()
     train_loop(config, Worker(wrap=watch.wrap), lambda _: None)
+    evaluated = {task: _evaluation_seconds(config, task, clock) for task in tasks}
     return TrainRates(
         step_seconds=watch.step_seconds(config.batches),
         start_seconds=watch.calls[0][0] - started,
         draw_seconds=(started - drawing) / manifest["episodes"],
-        evaluate_seconds={task: _episode_seconds(config, task, clock) for task in tasks},
+        evaluate_seconds={task: episode for task, (episode, _) in evaluated.items()},
+        evaluate_start_seconds=statistics.fmean(start for _, start in evaluated.values()),
     )
 
 
@@ -166,8 +171,8 @@ def _store_of(config: TrainConfig) -> FeatureStore:
     return FeatureStore(Workspace(config.workspace).find_store(config.store))
 
 
-def _episode_seconds(config: TrainConfig, task: Task, clock: Clock) -> float:
-    """Of an episode, from the first batch of them on: what comes before is paid once."""
+def _evaluation_seconds(config: TrainConfig, task: Task, clock: Clock) -> tuple[float, float]:
+    """(of an episode, from the first batch of them on; of all the rest, which is paid once)"""
     ways, shots = task
     settings = EvaluateConfig(
         workspace=config.workspace,
@@ -181,9 +186,30 @@ def _episode_seconds(config: TrainConfig, task: Task, clock: Clock) -> float:
         threads=config.threads,
     )
     done: list[tuple[float, int]] = []
+    started = clock()
     evaluate(settings, lambda episodes, _: done.append((clock(), episodes)))
+    whole = clock() - started
     (first, before), (last, after) = done[0], done[-1]
-    return (last - first) / (after - before)
+    episode = (last - first) / (after - before)
+    return episode, max(0.0, whole - after * episode)
+
+
+def photos_drawn(config: TrainConfig, dataset: Dataset) -> float:
+    """Photos that a worker reads in a step on these annotations, from episodes drawn for the purpose.
+
+    Fewer than `images_per_step` where classes have not photos enough for K shots. Raises InputError where classes are
+    too few for a batch.
+    """
+    seen, unseen = fold_classes(dataset.categories, config.fold, config.fold_lists)
+    pool = Pool(dataset, [*seen, *unseen] if config.classes == "all" else seen)
+
+    def episode(index: int, ways: int, shots: int) -> int:
+        return 1 + len(training_episode(pool, "plan", index, ways, shots, config.prompts).supports)
+
+    return statistics.fmean(
+        size * statistics.fmean(episode(index, ways, shots) for index in range(DRAWN))
+        for size, ways, shots in config.batches
+    )
 
 
 def measure_reading(folder: Path) -> float:

@@ -17,7 +17,6 @@ from pipelines.capacity import (
     Training,
     TrainRates,
     bytes_per_image,
-    images_per_step,
     plan_featurizing,
     store_bytes,
 )
@@ -26,7 +25,14 @@ from pipelines.episodes import ensure_episodes, evaluation_plan, training_plan
 from pipelines.evaluate import evaluate, tasks_of
 from pipelines.featurize import FeaturizeReport, featurize
 from pipelines.places import Place
-from pipelines.probes import Clock, made_up_store, measure_featurizing, measure_reading, measure_training
+from pipelines.probes import (
+    Clock,
+    made_up_store,
+    measure_featurizing,
+    measure_reading,
+    measure_training,
+    photos_drawn,
+)
 from pipelines.store import FeatureStore
 from pipelines.training import train
 from pipelines.workspace import Workspace
@@ -56,9 +62,11 @@ def rehearse(
     photos: int,
     clock: Clock = time.perf_counter,
     say: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[Compared]:
     """Featurize some photos, train and evaluate on them, with the plan's rates measured right before and after each.
 
+    `say` hears what comes next, `on_progress` gets ("train", steps done, of all), then the same of episodes evaluated.
     The workspaces of both settings do not matter: all happens in a temporary folder. Load of other processes changes
     from minute to minute, so the rates before and after count half each; `time.process_time` as `clock` leaves it out.
     Raises InputError as the jobs do.
@@ -71,7 +79,7 @@ def rehearse(
             update={"workspace": folder / "real", "train_batches": training.steps, "workers": 0}
         )
         compared, store = _rehearse_featurizing(featurizing, folder, clock, say)
-        return [*compared, *_rehearse_training(training, store, folder, clock, say)]
+        return [*compared, *_rehearse_training(training, store, folder, clock, say, on_progress)]
 
 
 def _rehearse_featurizing(
@@ -106,7 +114,12 @@ def _rehearse_featurizing(
 
 
 def _rehearse_training(
-    config: TrainConfig, store: FeatureStore, folder: Path, clock: Clock, say: Callable[[str], None]
+    config: TrainConfig,
+    store: FeatureStore,
+    folder: Path,
+    clock: Clock,
+    say: Callable[[str], None],
+    on_progress: Callable[[str, int, int], None],
 ) -> list[Compared]:
     made_up = made_up_store(folder, store.info.backbone, store.info.image_size)
 
@@ -118,7 +131,7 @@ def _rehearse_training(
 
     before = probed("before")
     say("train, evaluate: the run")
-    training = timed(lambda: train(config), clock)
+    training = timed(lambda: train(config, lambda report: on_progress("train", report["step"], config.steps)), clock)
     judged = EvaluateConfig(
         workspace=config.workspace,
         classes="seen",
@@ -127,22 +140,24 @@ def _rehearse_training(
         device=config.device,
         threads=config.threads,
     )
-    evaluating = timed(lambda: evaluate(judged), clock)
+    evaluating = timed(lambda: evaluate(judged, lambda *done: on_progress("evaluate", *done)), clock)
+    photos = photos_drawn(config, store.dataset("train"))
     distinct = len(set(tasks_of(ensure_episodes(evaluation_plan(judged, 0), store))))  # the others cost nothing
     job = Training(
         config.batches,
         config.steps,
         config.val_every,
         config.val_episodes,
-        mean_rates([before, probed("after")]),
+        mean_rates([before, probed("after")]).with_photos(photos, config.batches),
         drawn=ensure_episodes(training_plan(config), store).manifest["episodes"],
         tasks=((TASK, distinct),),
+        photos=photos,
     )
     features = bytes_per_image(store.info.grid, store.info.channels, store.info.dtype)
     whole = store_bytes(sum(split.images for split in store.info.splits.values()), features)
     seconds = job.seconds(features, whole, Cluster(read_mb=measure_reading(folder)))
     return [
-        _reading(config, store),
+        _reading(photos, config, store),
         Compared("train", seconds, training, "s"),
         Compared("evaluate", job.evaluating, evaluating, "s"),
     ]
@@ -159,6 +174,8 @@ def check_workspace(workspace: Path, store_key: str | None = None) -> list[Compa
     with tempfile.TemporaryDirectory() as name:
         made_up = made_up_store(Path(name), own.backbone, own.image_size)
         rates = measure_training(config.model_copy(update={"workspace": made_up, "store": None}))
+    photos = photos_drawn(config, store.dataset("train"))
+    rates = rates.with_photos(photos, config.batches)
     recorded = statistics.median(
         1 / (later["seconds"] - earlier["seconds"]) * (later["step"] - earlier["step"])
         for earlier, later in pairwise(curve)
@@ -166,7 +183,7 @@ def check_workspace(workspace: Path, store_key: str | None = None) -> list[Compa
     )
     return [
         _disk(store),
-        _reading(config, store),
+        _reading(photos, config, store),
         Compared("training steps", 1 / rates.step_seconds, recorded, "steps/s"),
     ]
 
@@ -191,19 +208,19 @@ def _disk(store: FeatureStore) -> Compared:
     return Compared("disk", planned / 1e6, found / 1e6, "MB")
 
 
-def _reading(config: TrainConfig, store: FeatureStore) -> Compared:
-    """Photos read in a step, as drawn: on few photos, classes lack some that the plan counts on."""
+def _reading(planned: float, config: TrainConfig, store: FeatureStore) -> Compared:
+    """Photos read in a step, beside those of the episodes that were drawn for the training itself."""
     shards = ensure_episodes(training_plan(config), store)
     drawn = [[shards.batch(g, i) for i in range(shards.manifest["plan"]["count"])] for g in range(len(config.batches))]
     photos = statistics.fmean(sum(1 + len(e.supports) for e in batch) for kind in drawn for batch in kind)
-    return Compared("photos read a step", images_per_step(config.batches), photos, "photos")
+    return Compared("photos read a step", planned, photos, "photos")
 
 
 def mean_rates(rates: list[TrainRates]) -> TrainRates:
     """The means of rates of the same tasks."""
     means = {
         field: statistics.fmean(getattr(rate, field) for rate in rates)
-        for field in ("step_seconds", "start_seconds", "draw_seconds")
+        for field in ("step_seconds", "start_seconds", "draw_seconds", "evaluate_start_seconds")
     }
     tasks = rates[0].evaluate_seconds
     return replace(

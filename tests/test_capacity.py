@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 import cli
+from la.coco import find_splits, load_coco
 from la.errors import InputError
 from pipelines.capacity import (
     Cluster,
@@ -29,6 +30,7 @@ from pipelines.probes import (
     measure_featurizing,
     measure_reading,
     measure_training,
+    photos_drawn,
 )
 from pipelines.rehearsal import Compared, check_workspace, rehearse
 from pipelines.store import FeatureStore
@@ -108,6 +110,21 @@ def test_validations_and_drawing_are_part_of_training():
     assert whole.seconds(FEATURES, 10**9, Cluster(read_mb=1000)) == pytest.approx(60 + 5 + 3 + 3 * 100 * 0.5)
 
 
+def test_steps_go_with_their_photos_where_classes_have_few():
+    full = images_per_step(PAPER_BATCHES)
+    rates = TrainRates(0.1).with_photos(full / 2, PAPER_BATCHES)
+    few = Training(PAPER_BATCHES, 100, 250, 0, rates, photos=full / 2)
+    cluster = Cluster(read_mb=1e-6 * full * FEATURES, ram_gb=1e-9)  # a second for the photos of a whole step
+    assert few.step_seconds(FEATURES, 10**12, cluster) == pytest.approx((0.05, 0.5), rel=1e-3)
+
+
+def test_every_evaluation_starts_once():
+    rates = TrainRates(1, evaluate_seconds={(1, 1): 0.2}, evaluate_start_seconds=3)
+    assert training(step_seconds=1).evaluating == 0
+    two = Training(PAPER_BATCHES, 100, 250, 100, rates, tasks=(((1, 1), 10), ((2, 1), 10)))
+    assert two.evaluating == pytest.approx(2 * 3 + 10 * 0.2 + 10 * 0.3)
+
+
 def test_an_episode_not_measured_costs_by_its_photos():
     rates = TrainRates(1, evaluate_seconds={(1, 1): 0.2, (5, 5): 1.3})
     assert rates.episode((1, 1)) == 0.2
@@ -152,6 +169,16 @@ def test_a_made_up_store_is_a_store_whose_steps_read_what_the_plan_counts(made_u
     for group, (_, ways, shots) in enumerate(batches):
         for episode in (e for place in range(10) for e in shards.batch(group, place)):
             assert len(episode.supports) == ways * shots
+
+
+def test_photos_of_a_step_are_counted_on_the_annotations(made_up, tmp_path):
+    enough = FeatureStore(Workspace(made_up).find_store()).dataset("train")
+    assert photos_drawn(config_of(made_up), enough) == images_per_step(SMALL)
+    few = draw_scenes(tmp_path, train_images=40, val_images=1)
+    file = find_splits(few)["train"][0]
+    wanted = TrainConfig(workspace=made_up, batches=((2, 1, 1), (1, 1, 100)))
+    photos = photos_drawn(wanted, load_coco(file, None, "train"))
+    assert 3 < photos < (4 + 40) / 2  # of forty photos one is the query
 
 
 def test_the_probes_measure_positive_rates(made_up, tmp_path, tiny_weights):
@@ -205,11 +232,24 @@ def test_plan_prints_sizes_stages_and_the_bottleneck():
     assert "85.7 GB" in half.output
 
 
+def test_plan_counts_the_photos_of_a_folder(tmp_path):
+    scenes = draw_scenes(tmp_path, train_images=50, val_images=10)
+    rates = ("--featurize-rate", "300", "--steps-per-second", "20", "--read-mb-per-second", "500")
+    result = run("--coco-dir", str(scenes), *rates)
+    assert result.exit_code == 0, result.output
+    assert "store of 60 photos" in result.output
+    assert "a worker reads in a training step" in result.output
+    assert "22.3 photos" not in result.output  # a class has too few for the recipe's shots
+    other = run("--coco-dir", str(scenes), "--images", "1000", *rates)
+    assert "store of 1000 photos" in other.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (("--verify",), "--coco-dir"),
         (("--verify", "--check", "x"), "exclude each other"),
+        (("--verify", "--coco-dir", "x", "--images", "9"), "pass --photos"),
         (("--nodes", "3", "--read-mb-per-second", "1"), "--workers is 1"),
         (("--image-size", "470"), "multiple of 16"),
     ],
