@@ -4,16 +4,11 @@ Nothing is loaded from elsewhere. Each open page is a `Page` with a session of i
 through the service's queue.
 """
 
-import asyncio
-import base64
 import io
 import json
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sized
 from functools import partial
-from html import escape
-from typing import NamedTuple
 
 import numpy as np
 from fastapi import FastAPI
@@ -27,10 +22,10 @@ from pipelines.demo.drawing import Scene
 from pipelines.demo.scenes import CLASS_NAMES, PAIRS, draw_scene
 from pipelines.serve.annotating import AnnotatedPhoto, Session
 from pipelines.serve.canvas import TOOLS, Canvas
-from pipelines.serve.jobs import PREVIEW, ClassSet, Jobs, Preview, Refused, Upload
-from pipelines.serve.queue import Timed
-from pipelines.serve.results import coco_document, png
+from pipelines.serve.jobs import ClassSet, Jobs, Preview, Refused, Upload
+from pipelines.serve.queries import Queries
 from pipelines.serve.service import MB, Service
+from pipelines.serve.widgets import data_url, download_button, section, warn
 
 TOOL_KEYS = dict(zip("ioxbe", TOOLS, strict=True))
 STYLE = """
@@ -51,28 +46,6 @@ NAME_UPLOADS = """document.querySelectorAll('.q-uploader').forEach(
     (u) => u.querySelector('a')?.setAttribute('aria-label', u.getAttribute('aria-label')))"""
 # Drawn scenes of which two photos show a class each, by a box and by points, and the third shows both.
 EXAMPLE_SEED, EXAMPLE_SIDE, EXAMPLE_SUPPORTS, EXAMPLE_QUERY = 7, 384, (27, 70), 102
-
-
-class Shown(NamedTuple):
-    """Of a segmented photo all that is shown and handed out; its mask is kept as PNG, which is far smaller."""
-
-    class_set: ClassSet
-    colours: tuple[tuple[int, int, int], ...]
-    scores: tuple[float, ...]
-    png: bytes
-    overlay: str  # data URL
-    seconds: float
-    queue_seconds: float
-    moved: list[float] | None  # share of each support; None where it is not known (yet)
-
-
-@dataclass
-class Query:
-    """A photo to segment, and what was found on it."""
-
-    upload: Upload
-    preview: str
-    shown: Shown | None = None
 
 
 def add_page(app: FastAPI, service: Service) -> None:
@@ -98,13 +71,12 @@ class Page:
 
     def __init__(self, service: Service):
         self._service, self._session = service, Session()
-        self._queries: list[Query] = []
+        self._queries = Queries(service)
         self._read: list[tuple[AnnotatedPhoto, tuple, Support]] = []  # supports by what they were read from
         self._busy = False
         # Of this page alone: `refreshable_method` would keep every page there ever was.
         self._class_list = ui.refreshable(self._draw_class_list)
         self._thumbnails = ui.refreshable(self._draw_thumbnails)
-        self._results = ui.refreshable(self._draw_results)
         ui.add_css(STYLE)
         ui.colors(primary="#1565c0")  # white on it is read well
         with ui.column().classes("w-full max-w-6xl mx-auto p-2 gap-4"):
@@ -127,7 +99,7 @@ class Page:
             ui.label("Mark what you mean on a photo or two; other photos are segmented alike.")
 
     def _classes_part(self) -> None:
-        with _section("1. Classes"):
+        with section("1. Classes"):
             with ui.row().classes("items-end w-full gap-2"):
                 self._name = ui.input("Name of a class").props("dense maxlength=80").classes("grow")
                 self._name.on("keydown.enter", self._add_class)
@@ -152,7 +124,7 @@ class Page:
                     remove.props("flat dense size=sm")
 
     def _supports_part(self) -> None:
-        with _section("2. Support photos"):
+        with section("2. Support photos"):
             self._upload("Drop support photos here, or press +", Page._support_came, "Add support photos")
             self._thumbnails()
             with ui.row().classes("items-center gap-2 w-full"):
@@ -168,10 +140,10 @@ class Page:
                 ui.label("Brush").classes("shrink-0")
                 size = ui.slider(min=1, max=30, value=6, on_change=self._brush_chosen)
                 size.props('label aria-label="Size of the brush in percent of the photo"')
-            self._canvas = Canvas(self._session, self._warn)
+            self._canvas = Canvas(self._session, warn)
             with ui.row().classes("items-center justify-between w-full"):
                 ui.label("Shift or the right button: outside, eraser.").classes("text-sm text-gray-700")
-                _download("Marks as COCO", self._download_supports)
+                download_button("Marks as COCO", self._download_supports)
 
     def _draw_thumbnails(self) -> None:
         with ui.row().classes("gap-2"):
@@ -184,12 +156,12 @@ class Page:
                 button.style(f"border:3px solid {'#1565c0' if chosen else 'transparent'}").tooltip(photo.upload.name)
 
     def _queries_part(self) -> None:
-        with _section("3. Photos to segment"):
+        with section("3. Photos to segment"):
             self._upload("Drop photos to segment here, or press +", Page._query_came, "Add photos to segment")
             with ui.row().classes("items-center w-full gap-2"):
                 self._button = ui.button("Segment", icon="play_arrow", on_click=self._segment).props("no-caps")
-                _download("COCO JSON", self._download_results)
-                ui.button("Remove all", icon="delete", on_click=self._remove_queries).props("flat no-caps dense")
+                download_button("COCO JSON", self._queries.download)
+                ui.button("Remove all", icon="delete", on_click=self._queries.clear).props("flat no-caps dense")
             with ui.row().classes("items-center w-full no-wrap gap-4"):
                 ui.label("Opacity").classes("shrink-0")
                 opacity = ui.slider(min=0, max=100, value=60).props(
@@ -199,47 +171,10 @@ class Page:
                     "update:model-value",
                     js_handler="(v) => document.documentElement.style.setProperty('--mask-opacity', v / 100)",
                 )
-            self._results()
+            self._queries.draw()
         with ui.expansion("Keyboard", icon="keyboard").classes("w-full bg-white"):
             ui.label("1 to 9: class. I, O, X, B, E: inside, outside, box, brush, eraser. Z: undo. S: segment.")
             ui.label("On the support photo: arrows move a cursor, Enter uses the tool there (a box: at two corners).")
-
-    def _draw_results(self) -> None:
-        if not self._queries:
-            ui.label("None yet.").classes("text-gray-700")
-        for query in self._queries:
-            with ui.card().classes("w-full gap-2").props("flat bordered"):
-                ui.label(query.upload.name).classes("font-medium break-all")
-                mask, alt = "", escape(query.upload.name)
-                if query.shown:
-                    mask = f'<img class="mask" src="{query.shown.overlay}" alt="Mask of {alt}">'
-                image = (
-                    f'<div class="stack {"masked" if mask else ""}"><img src="{query.preview}" alt="{alt}">{mask}</div>'
-                )
-                ui.html(image, sanitize=False).classes("w-full")
-                if query.shown:
-                    self._about(query, query.shown)
-
-    def _about(self, query: Query, shown: Shown) -> None:
-        supports = shown.class_set.supports
-        scores = zip(supports.classes, shown.colours, shown.scores, strict=True)
-        legend = "".join(
-            f'<li><span class="swatch" style="background:rgb{colour}"></span> {escape(name)} '
-            f"{f'{score:.2f}' if score else '(not found)'}</li>"
-            for name, colour, score in scores
-        )
-        ui.html(f'<ul style="display:flex;flex-wrap:wrap;gap:0 1rem">{legend}</ul>', sanitize=False)
-        ui.label(f"{shown.seconds:.2f} s, after {shown.queue_seconds:.2f} s in the queue").classes("text-sm")
-        if shown.moved is not None:
-            ui.label("Without this support, so much of the result would be different:").classes("text-sm")
-            for name, share in zip([support.name for support in supports.supports], shown.moved, strict=True):
-                with ui.row().classes("items-center w-full no-wrap gap-2 text-sm"):
-                    ui.label(name).classes("truncate w-32 shrink-0")
-                    bar = ui.linear_progress(share, show_value=False, size="10px").classes("grow")
-                    bar.props["aria-label"] = f"{name}: {share:.0%}"
-                    ui.label(f"{share:.0%}").classes("w-10 text-right shrink-0")
-        button = _download("PNG", partial(self._download_mask, query))
-        button.props["aria-label"] = f"Download the mask of {query.upload.name} as PNG"
 
     def _upload(self, label: str, came: Callable[["Page", Upload], Awaitable[None]], name: str) -> None:
         page = weakref.ref(self)  # FastAPI's caches keep the routes of uploads, and these what they call
@@ -259,7 +194,7 @@ class Page:
             max_file_size=config.max_photo_mb * MB,
             max_files=config.max_photos,
             on_upload=handle,
-            on_rejected=partial(Page._warn, rejected),
+            on_rejected=partial(warn, rejected),
         )
         upload.props('flat bordered accept=".jpg,.jpeg,.png,.webp,.bmp" color=blue-grey-8')
         upload.props["aria-label"] = name
@@ -276,7 +211,7 @@ class Page:
         self._room_for(self._session.photos)
         found: Preview = (await self._service.queue.run(Jobs.preview, upload)).value
         self._room_for(self._session.photos)  # others may have come meanwhile
-        photo = AnnotatedPhoto(upload, found.size, _data_url(found.jpeg, "jpeg"), found.reduction)
+        photo = AnnotatedPhoto(upload, found.size, data_url(found.jpeg, "jpeg"), found.reduction)
         self._session.photos.append(photo)
         self._choose_photo(len(self._session.photos) - 1)
 
@@ -284,10 +219,9 @@ class Page:
         self._room_for(self._queries)
         found: Preview = (await self._service.queue.run(Jobs.preview, upload)).value
         self._room_for(self._queries)
-        self._queries.append(Query(upload, _data_url(found.jpeg, "jpeg")))
-        self._results.refresh()
+        self._queries.add(upload, found)
 
-    def _room_for(self, photos: list) -> None:
+    def _room_for(self, photos: Sized) -> None:
         most = self._service.config.max_photos
         if len(photos) >= most:
             raise Refused(413, "too_many_photos", "photo", f"There are {most} photos, the most that are taken.")
@@ -295,11 +229,11 @@ class Page:
     def _add_class(self) -> None:
         name, colour = (self._name.value or "").strip(), (self._colour.value or "").strip().lower()
         if not name:
-            self._warn("Give the class a name.")
+            warn("Give the class a name.")
         elif len(self._session.classes) >= self._service.config.max_classes:
-            self._warn(f"There are {len(self._session.classes)} classes, the most that are taken.")
+            warn(f"There are {len(self._session.classes)} classes, the most that are taken.")
         elif not _is_colour(colour):
-            self._warn(f"{colour!r:.20} is no colour such as #56b4e9.")
+            warn(f"{colour!r:.20} is no colour such as #56b4e9.")
         else:
             self._session.add_class(name, colour)
             self._name.value, self._colour.value = "", self._session.next_colour
@@ -323,10 +257,6 @@ class Page:
             self._session.remove_photo()
             self._thumbnails.refresh()
             self._canvas.show()
-
-    def _remove_queries(self) -> None:
-        self._queries.clear()
-        self._results.refresh()
 
     def _tool_chosen(self, event: events.ValueChangeEventArguments) -> None:
         self._canvas.tool = event.value
@@ -359,23 +289,14 @@ class Page:
     async def _segment_all(self) -> None:
         names, marked = self._session.shown()
         if not marked:
-            self._warn("Nothing is marked yet: choose a class, and mark it on a support photo.")
+            warn("Nothing is marked yet: choose a class, and mark it on a support photo.")
             return
         if not self._queries:
-            self._warn("Add a photo to segment.")
+            warn("Add a photo to segment.")
             return
         rgb = {one.name: one.rgb for one in self._session.classes}
         class_set = await self._learn(names, marked)
-        colours = tuple(rgb[name] for name in class_set.supports.classes)
-        for query in self._queries:  # all results are of the same marks
-            query.shown = None
-        for query in list(self._queries):
-            done = await self._service.queue.run(Jobs.segment, class_set, query.upload)
-            query.shown = await asyncio.to_thread(_shown, class_set, done, colours)
-            self._results.refresh()
-            moved = (await self._service.queue.run(Jobs.moved, class_set, done.value)).value
-            query.shown = query.shown._replace(moved=moved)
-            self._results.refresh()
+        await self._queries.segment(class_set, tuple(rgb[name] for name in class_set.supports.classes))
 
     async def _learn(self, names: list[str], marked: list[tuple[AnnotatedPhoto, PhotoPrompts]]) -> ClassSet:
         """Only supports whose marks are others than last time are read anew."""
@@ -408,19 +329,9 @@ class Page:
         self._changed_classes()
         await self._segment_all()
 
-    def _download_mask(self, query: Query) -> None:
-        ui.download.content(query.shown.png, f"{query.upload.name}.mask.png")
-
-    async def _download_results(self) -> None:
-        done = [(query.upload.name, query.shown) for query in self._queries if query.shown]
-        if done:
-            ui.download.content(await asyncio.to_thread(_coco_of, done), "masks.json")
-        else:
-            self._warn("Nothing is segmented yet.")
-
     def _download_supports(self) -> None:
         if not self._session.shown()[1]:
-            self._warn("Nothing is marked yet.")
+            warn("Nothing is marked yet.")
             return
         ui.download.content(json.dumps(self._session.support_file()), "support.json")
 
@@ -447,39 +358,7 @@ class Page:
         try:
             await doing
         except InputError as error:
-            self._warn(str(error))
-
-    @staticmethod
-    def _warn(message: str) -> None:
-        ui.notify(message, type="warning", multi_line=True, timeout=8000, close_button="OK")
-
-
-def _shown(class_set: ClassSet, done: Timed, colours: Sequence[tuple[int, int, int]]) -> Shown:
-    mask, scores, _ = done.value
-    step = -(-max(mask.shape) // PREVIEW)  # what is laid over the preview need not be larger than that
-    overlay = _data_url(png(mask[::step, ::step], colours, clear_background=True), "png")
-    found = tuple(map(float, scores))
-    return Shown(class_set, colours, found, png(mask, colours), overlay, done.seconds, done.queue_seconds, None)
-
-
-def _coco_of(done: Sequence[tuple[str, Shown]]) -> str:
-    photos = ((name, np.asarray(Image.open(io.BytesIO(shown.png))), shown.scores) for name, shown in done)
-    return json.dumps(coco_document(photos, done[0][1].class_set.supports.classes))
-
-
-def _section(title: str) -> ui.card:
-    card = ui.card().classes("w-full gap-3").props("flat bordered")
-    with card:
-        ui.html(f"<h2>{title}</h2>", sanitize=False)
-    return card
-
-
-def _download(text: str, action: Callable[[], None]) -> ui.button:
-    return ui.button(text, icon="download", on_click=action).props("flat no-caps dense")
-
-
-def _data_url(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+            warn(str(error))
 
 
 def _is_colour(text: str) -> bool:
