@@ -18,6 +18,7 @@ from commands.shell import (
     PhotosOption,
     RecipeOption,
     SizeOption,
+    StoreOption,
     ThreadsOption,
     WeightsOption,
     console,
@@ -60,6 +61,7 @@ def plan(
         float | None, typer.Option(min=0.1, help="Of each node's way to the features; default: measured here.")
     ] = None,
     check: Annotated[Path | None, typer.Option(help="Hold the plan against what this workspace recorded.")] = None,
+    store: StoreOption = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Hold the plan against a small real run made now, on --coco-dir.")
     ] = False,
@@ -94,7 +96,7 @@ def plan(
         if check:
             from pipelines.rehearsal import check_workspace
 
-            show_comparison(check_workspace(check))
+            show_comparison(check_workspace(check, store))
         elif verify:
             if coco_dir is None:
                 raise InputError("--verify runs on real photos: pass --coco-dir DIR with annotations/ and photos.")
@@ -121,6 +123,7 @@ def plan(
             from pipelines.capacity import Cluster, bytes_per_image, images_per_step, rates_of_steps, store_bytes
             from pipelines.probes import feature_shape, measure_featurizing, measure_reading
 
+            swept = of_recipe(recipe or "small", batch_scale)  # as `sweep` takes it, whatever the preset asked for
             found, photos_of = counted(coco_dir) if coco_dir else (COCO_PHOTOS, lambda c: images_per_step(c.batches))
             images = images or found
             grid, channels = feature_shape(backbone, image_size)
@@ -135,12 +138,11 @@ def plan(
                 )
                 if steps_per_second:
                     given = partial(rates_of_steps, steps_per_second)
-                    jobs = trials(training, lambda c: given(c.batches), photos_of, seeds, episodes)
+                    jobs = trials(training, swept, lambda c: given(c.batches), photos_of, seeds, episodes)
                 else:
                     here = measured_here(folder, backbone, image_size, photos_of)
-                    jobs = trials(training, here, photos_of, seeds, episodes)
-            store = store_bytes(images, features)
-            show_plan(images, features, store, rate, jobs, folds, cluster, dtype)
+                    jobs = trials(training, swept, here, photos_of, seeds, episodes)
+            show_plan(images, features, store_bytes(images, features), rate, jobs, folds, cluster, dtype)
 
 
 @contextmanager
@@ -160,8 +162,11 @@ def progress_of_stages():
         bar.stop()
 
 
-def trials(training, rates_of: Callable, photos_of: Callable, seeds: int, episodes: int) -> tuple:
-    """(the training asked for, the trials of the ablation sweep on one fold) with the rates and photos of each."""
+def trials(training, swept: dict, rates_of: Callable, photos_of: Callable, seeds: int, episodes: int) -> tuple:
+    """(the training asked for, the trials of the ablation sweep on one fold) with the rates and photos of each.
+
+    `swept` are the recipe and batches of trials that have none of their own.
+    """
     from pipelines.capacity import Training
     from sweeps.ablations import ABLATIONS
 
@@ -179,7 +184,7 @@ def trials(training, rates_of: Callable, photos_of: Callable, seeds: int, episod
     sweep = []
     for variant in ABLATIONS.variants:
         if variant.trained:
-            known = {"recipe": training.recipe, "batches": training.batches} | dict(variant.overrides)
+            known = swept | dict(variant.overrides)
             if "recipe" in variant.overrides:  # settings of its own, batches included
                 known.pop("batches")
             base = {"steps": training.steps, "device": training.device, "threads": training.threads}

@@ -58,14 +58,14 @@ def save_last(run_dir: Path, content: dict) -> None:
 def check(path: Path) -> None:
     """Read a checkpoint once against the checksums within it, which torch.load ignores.
 
-    Raises DamagedCheckpoint, and FileNotFoundError where there is none.
+    Raises DamagedCheckpoint, and OSError where it is missing or a disk does not answer: then it may be whole.
     """
     try:
         with zipfile.ZipFile(path) as parts:  # torch's own format: a zip with a CRC-32 of each part
             bad = parts.testzip()
-    except FileNotFoundError:
-        raise
     except Exception as error:  # zipfile answers changed bytes with errors of many kinds
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a place before the file's beginning
+            raise
         raise DamagedCheckpoint(f"{path} is cut short, damaged or not a checkpoint ({error}).") from error
     if bad:
         raise DamagedCheckpoint(f"{path} is damaged: {bad} in it does not have its checksum.")
@@ -77,15 +77,17 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
     return _read(path, device)
 
 
-def load_last(run_dir: Path, device: torch.device | str = "cpu") -> dict | None:
+def load_last(run_dir: Path) -> dict | None:
     """The newest whole checkpoint of a run, see `find_last`."""
     last = find_last(run_dir)
-    return _read(last, device) if last else None
+    return _read(last, "cpu") if last else None
 
 
 def _read(path: Path, device: torch.device | str) -> dict:
     try:
         return torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
     except Exception as error:
         raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint ({error}).") from error
 

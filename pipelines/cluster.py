@@ -1,8 +1,11 @@
 """Connecting to Ray: a cluster where there is one, else this machine for as long as the job runs."""
 
 import logging
+import math
 import os
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,12 +19,14 @@ QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
+WAIT_TOLD_SECONDS = 300.0  # between two words on what is waited for
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
+def ray_session() -> Iterator[bool]:
     """Use the Ray that runs in this process, or start one (or join that of RAY_ADDRESS) and leave it at the end.
 
+    Gives whether one was started: then it is of this machine alone, and no node will ever be added.
     RAY_ADDRESS, which --address sets, is local, auto, host:port or ray://host:port. Workers find the project's code by
     PYTHONPATH, because their working directory is a temporary folder. Raises InputError where no cluster answers.
     """
@@ -31,7 +36,7 @@ def ray_session() -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        yield
+        yield False
         return
     path = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))
     address = os.environ.get("RAY_ADDRESS") or "local"
@@ -53,11 +58,45 @@ def ray_session() -> Iterator[None]:
             "--head`, see deploy/, or leave it out to work on this machine alone."
         ) from error
     try:
-        yield
+        yield bool(own)
     finally:
         ray.shutdown()
         for name in quiet:
             del os.environ[name]
+
+
+def wait_for(
+    flag: str, count: int, each: dict[str, float], alone: bool, stop: Callable[[], bool] = lambda: False
+) -> None:
+    """Wait until Ray has `each` for `count` processes, or `stop()`; `flag` is what asked for them.
+
+    Nodes of a cluster may be on their way, or be taken away and replaced: its autoscaler is asked for them, and the
+    user told what is waited for. Where Ray is of this machine `alone`, raises InputError instead.
+    """
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    def lacking() -> str:
+        there = ray.cluster_resources()
+        asked = {name: count * amount for name, amount in each.items()}
+        short = {name: amount for name, amount in asked.items() if amount > there.get(name, 0)}
+        return ", ".join(f"Ray has {there.get(name, 0):g} {name}s of {amount:g}" for name, amount in short.items())
+
+    if not (short := lacking()):
+        return
+    if alone:
+        raise InputError(f"{flag}: {short}. Ask for less, or pass --address of a cluster that has as many.")
+    request_resources(bundles=[{name: amount for name, amount in each.items() if amount}] * count)
+    told = -math.inf
+    try:
+        while short and not stop():
+            if time.monotonic() - told > WAIT_TOLD_SECONDS:
+                told = time.monotonic()
+                print(f"{flag}: {short}. Waiting for nodes; if none are to come, ask for less.", file=sys.stderr)
+            time.sleep(1)
+            short = lacking()
+    finally:
+        request_resources(bundles=[])  # what runs on them keeps them from here on
 
 
 def node_resources() -> list[dict[str, float]]:

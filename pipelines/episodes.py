@@ -62,7 +62,8 @@ class Plan:
         return f"{self.protocol}/fold{self.fold}/{self.split}/{self.classes}/seed{self.seed}"
 
     def folder(self, store: FeatureStore) -> Path:
-        key = digest([FORMAT, store.dataset(self.split).digest, self.__dict__])
+        drawn_by = [store.key] if self.selection == "nearest" else []  # by features, all else by annotations
+        key = digest([FORMAT, store.dataset(self.split).digest, self.__dict__, *drawn_by])
         kind = f"protocol={self.protocol}/fold={self.fold}/split={self.split}"
         return store.path.parents[1] / "episodes" / kind / key
 

@@ -59,7 +59,7 @@ def _variant(model: Model, config: EvaluateConfig) -> Method:
 
 def load_checkpoint(config: EvaluateConfig, store: FeatureStore, device: torch.device) -> tuple[Model, str]:
     """The model of `config.checkpoint`, or of the fold's last run, and its name; raises as `find_method` does."""
-    path = config.checkpoint or latest_run(config, store.key)
+    path = config.checkpoint or latest_run(config, store)
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"--checkpoint {path} is not there. Pass a run's folder or its best.pt.")
@@ -100,19 +100,19 @@ def load_checkpoint(config: EvaluateConfig, store: FeatureStore, device: torch.d
     return model, f"generalist {name}" if generalist else name
 
 
-def latest_run(config: EvaluateConfig, store_key: str) -> Path:
+def latest_run(config: EvaluateConfig, store: FeatureStore) -> Path:
     """The run finished last that has not seen the classes to be tested; InputError where there is none."""
     workspace, lists, finished = Workspace(config.workspace), protocol_of(config.protocol).folds, []
     for result in workspace.runs.glob("*/result.json"):
         training = json.loads((result.parent / "config.json").read_text())
         trained_on = training["fold"], training.get("classes", "seen"), training.get("fold_lists", "interleaved")
-        if trained_on == (config.fold, "seen", lists) and training["store"] in (None, store_key):
+        if trained_on == (config.fold, "seen", lists) and training["store"] in (None, *store.info.settings.keys_alike):
             finished.append((result.stat().st_mtime, result.parent))
     if not finished:
         wanted = f"python cli.py train --fold {config.fold}"
         wanted += "" if lists == "interleaved" else f" --fold-lists {lists}"
         raise InputError(
-            f"--workspace {workspace.root} has no finished training of fold {config.fold} on the features {store_key} "
+            f"--workspace {workspace.root} has no finished training of fold {config.fold} on the features {store.key} "
             f"with {lists} folds. Run `{wanted}`, or pass --checkpoint or --method prototype."
         )
     return max(finished)[1]

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from la.backbone import Backbone
 from la.coco import Image
 from la.errors import InputError
-from pipelines.cluster import gpu_share, node_resources, ray_session
+from pipelines.cluster import gpu_share, node_resources, ray_session, wait_for
 from pipelines.config import FeaturizeConfig
 from pipelines.places import Place
 from pipelines.shard_maker import BackboneNote, Shard, decode, encode, load
@@ -49,7 +49,9 @@ def make_with_ray(
 
     Raises InputError as ShardMaker does; what was finished before stays.
     """
-    with ray_session():
+    with ray_session() as alone:
+        if config.device.startswith("cuda"):
+            wait_for(f"--device {config.device}", 1, {"GPU": 1}, alone)
         left, fruitless, seen = dict(enumerate(shards)), 0, set()
         absent = {number for number, shard in left.items() if not shard.file.exists()}  # not so where one is repaired
 

@@ -13,7 +13,7 @@ import torch
 from la.device import pick_device
 from la.errors import InputError
 from pipelines.checkpoints import LAST, full_disk_told
-from pipelines.cluster import ray_session
+from pipelines.cluster import ray_session, wait_for
 from pipelines.config import TrainConfig
 from pipelines.notice import Notice, notice
 from pipelines.workspace import Workspace
@@ -71,7 +71,7 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
     Returns the signal on which it stopped, if one came. Raises InputError for what a worker found to be the user's
     mistake, and RuntimeError where the workers die again and again without reaching another checkpoint.
     """
-    with ray_session(), notice() as told:  # within the session: Ray has a handler of its own for SIGTERM
+    with ray_session() as alone, notice() as told:  # within the session: Ray has a handler of its own for SIGTERM
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -79,7 +79,11 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote()
-        gpu = pick_device(config.device).type == "cuda"
+        gpu = _takes_gpus(config.device)
+        each = {"CPU": config.threads or 1} | ({"GPU": 1} if gpu else {})
+        wait_for(f"--workers {config.workers}", config.workers, each, alone, told.came)
+        if told.came():
+            return told.signum
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"config": config.model_dump(mode="json"), "desk": desk},
@@ -109,6 +113,17 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
         if verdict:
             raise RuntimeError(f"training started {STARTS} times without reaching another checkpoint: {verdict[0]}")
         return told.signum
+
+
+def _takes_gpus(device: str) -> bool:
+    """Whether each worker takes a GPU: the cluster's count, of which the driver's machine may have none."""
+    import ray
+
+    if device.startswith("cuda"):
+        return True
+    if device != "auto":
+        pick_device(device)
+    return device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
 
 
 def _pump(

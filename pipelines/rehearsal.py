@@ -176,15 +176,19 @@ def check_workspace(workspace: Path, store_key: str | None = None) -> list[Compa
         rates = measure_training(config.model_copy(update={"workspace": made_up, "store": None}))
     photos = photos_drawn(config, store.dataset("train"))
     rates = rates.with_photos(photos, config.batches)
-    recorded = statistics.median(
+    recorded = [
         1 / (later["seconds"] - earlier["seconds"]) * (later["step"] - earlier["step"])
         for earlier, later in pairwise(curve)
         if "seen_miou" not in earlier  # a validation lies between the two
-    )
+    ]
+    if not recorded:
+        raise InputError(
+            f"--check {workspace}: its training was validated at every report. Train with a larger --val-every."
+        )
     return [
         _disk(store),
         _reading(photos, config, store),
-        Compared("training steps", 1 / rates.step_seconds, recorded, "steps/s"),
+        Compared("training steps", 1 / rates.step_seconds, statistics.median(recorded), "steps/s"),
     ]
 
 

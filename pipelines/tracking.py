@@ -281,7 +281,7 @@ def _training_of(config: EvaluateConfig) -> TrainConfig | None:
         return None
     from pipelines.methods import latest_run
 
-    place = config.checkpoint or latest_run(config, Workspace(config.workspace).find_store(config.store).name)
+    place = config.checkpoint or latest_run(config, FeatureStore(Workspace(config.workspace).find_store(config.store)))
     try:
         return TrainConfig.model_validate_json(
             ((place if place.is_dir() else place.parent) / "config.json").read_text()

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from la.batch import EpisodeBatch
 from la.device import autocast, pick_device
+from la.errors import InputError
 from la.hybrid import Hybrid, HybridConfig
 from la.losses import focal_loss, iou_loss
 from la.model import LabelAnything, ModelConfig, build, preset, save_state
@@ -82,13 +83,14 @@ def train(config: TrainConfig, on_report: Report | None = None) -> TrainResult:
 
 
 def _train_in(run_dir: Path, config: TrainConfig, on_report: Report | None) -> None:
+    store = FeatureStore(Workspace(config.workspace).find_store(config.store))
+    _same_store(run_dir, store.key)
     mend(run_dir)
     if not (run_dir / "result.json").exists():
-        store = FeatureStore(Workspace(config.workspace).find_store(config.store))
         for plan, each in training_plans(config, store):
             ensure_episodes(plan, each)
         ensure_episodes(validation_plan(config), store)
-        write_text(run_dir / "config.json", config.model_dump_json(indent=1))
+        write_text(run_dir / "config.json", config.model_copy(update={"store": store.key}).model_dump_json(indent=1))
         if config.workers:
             from pipelines.ray_train import fit
 
@@ -99,6 +101,18 @@ def _train_in(run_dir: Path, config: TrainConfig, on_report: Report | None) -> N
             signum = told.signum
         if signum and not (run_dir / "result.json").exists():
             raise Stopped(signum, run_dir)
+
+
+def _same_store(run_dir: Path, key: str) -> None:
+    """Without --store, the only store of a workspace is another one once that of before was removed."""
+    if not (run_dir / "config.json").exists():
+        return
+    before = json.loads((run_dir / "config.json").read_text())["store"]
+    if before not in (None, key):
+        raise InputError(
+            f"{run_dir} was trained on the store {before}, and the workspace has {key} now. Pass --store {key} for a "
+            f"run of its own, or remove {run_dir}."
+        )
 
 
 def run_dir_of(config: TrainConfig) -> Path:
@@ -173,7 +187,7 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
 
     torch.manual_seed(config.seed)
     plain = build(shape).to(device)
-    saved = load_last(run_dir, device)
+    saved = load_last(run_dir)  # on the CPU, where AdamW wants its step counts; the rest goes where the weights are
     if isinstance(plain, Hybrid) and saved is None:
         fit_matching(plain.matching, [(pool_of(*of), builder) for of, builder in zip(plans, builders, strict=True)])
     optimiser = torch.optim.AdamW(plain.parameters(), config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
@@ -190,7 +204,7 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
         average.load_state_dict(saved["average"])
         optimiser.load_state_dict(saved["optimiser"])
         schedule.load_state_dict(saved["schedule"])
-        torch.set_rng_state(saved.get("rng", torch.get_rng_state()).cpu())  # older checkpoints have fewer parts
+        torch.set_rng_state(saved.get("rng", torch.get_rng_state()))  # older checkpoints have fewer parts
         at |= saved["at"]
         best = saved.get("best")
     at["starts"].append(at["step"])

@@ -25,7 +25,7 @@ from ray.tune.search import Searcher
 from rich.console import Console
 
 from la.errors import InputError
-from pipelines.cluster import ray_session
+from pipelines.cluster import ray_session, wait_for
 from pipelines.config import SweepConfig, TrialPlacement
 from pipelines.tracking import Tracker
 from pipelines.workspace import Workspace, locked, write_text
@@ -141,8 +141,8 @@ def run_trials(
     relay = _Relay(jobs, listeners)
     # Of an earlier start: Tune's own state, which nothing here reads back.
     shutil.rmtree(folder / "tune", ignore_errors=True)
-    with ray_session():
-        resources, concurrent = trial_resources(place, workers)
+    with ray_session() as alone:
+        resources, concurrent = trial_resources(place, workers, alone)
         tuner = tune.Tuner(
             tune.with_resources(trial, tune.PlacementGroupFactory([resources])),
             param_space=None if searcher else {"trial": tune.grid_search(list(jobs))},
@@ -196,32 +196,31 @@ class _Relay(tune.Callback):
             getattr(listener, event)(self._jobs[trial.config["trial"]], *arguments)
 
 
-def trial_resources(place: TrialPlacement, workers: int) -> tuple[dict[str, float], int]:
-    """What Tune sets aside for one trial, and how many run at once.
+def trial_resources(place: TrialPlacement, workers: int, alone: bool) -> tuple[dict[str, float], int]:
+    """What Tune sets aside for one trial, and how many run at once, on a Ray of this machine `alone` or a cluster.
 
     Tune does not count the workers that Ray Train starts for a trial. Were CPUs set aside for the trials themselves,
     they would wait for their workers and the workers for them; so such a trial takes a byte of memory (it has to take
     something), and the number of trials keeps within the CPUs and GPUs.
     """
-    cluster = ray.cluster_resources()
-    cpus, gpus = cluster.get("CPU", 0), cluster.get("GPU", 0)
-    each = place.gpus if place.gpus is not None else float(gpus > 0 and place.device != "cpu")
+    each = place.gpus
+    if each is None:
+        each = float(ray.cluster_resources().get("GPU", 0) > 0 and place.device != "cpu")
     if workers and each not in (0, 1):
         raise InputError(f"--gpus {each:g} with --workers {workers}: a Ray Train worker takes one whole GPU, or none.")
     processes = max(1, workers)
-    if place.threads * processes > cpus:
-        asked = f"--threads {place.threads}" + (f" times --workers {workers}" if workers else "")
-        raise InputError(f"{asked}: Ray has {cpus:.0f} CPUs. Pass at most that many.")
-    if each * processes > gpus:
-        asked = f"--gpus {each:g}" + (f" times --workers {workers}" if workers else "")
-        raise InputError(f"{asked}: Ray has {gpus:g} GPUs. Pass at most that many, or 0 for the CPU.")
     if place.device.startswith("cuda") and not each:
         raise InputError("--device cuda with no GPU for a trial: pass --gpus, of which a fraction shares one.")
-    fit = int(cpus // (place.threads * processes))
+    asked = f"--threads {place.threads}, --gpus {each:g}" + (f", --workers {workers}" if workers else "")
+    wait_for(asked, processes, {"CPU": place.threads, "GPU": each}, alone)
+    cluster = ray.cluster_resources()
+    fit = int(cluster["CPU"] // (place.threads * processes))
     if each:
-        fit = min(fit, int(gpus / (each * processes)))
-    taken = {"memory": 1} if workers else {"CPU": place.threads, "GPU": each}
-    return taken, min(place.concurrent or fit, fit)
+        fit = min(fit, int(cluster["GPU"] / (each * processes)))
+    at_once = place.concurrent or fit  # on a cluster, those that find no room wait for nodes to come
+    if workers or alone:
+        at_once = min(at_once, fit)
+    return {"memory": 1} if workers else {"CPU": place.threads, "GPU": each}, at_once
 
 
 @contextmanager

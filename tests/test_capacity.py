@@ -232,6 +232,13 @@ def test_plan_prints_sizes_stages_and_the_bottleneck():
     assert "85.7 GB" in half.output
 
 
+def test_the_sweep_is_planned_with_its_own_recipe_whatever_preset_is_trained():
+    rates = ("--featurize-rate", "300", "--steps-per-second", "20", "--read-mb-per-second", "500", "--ram-gb", "999")
+    paper, hybrid = (run("--preset", preset, *rates).output.splitlines() for preset in ("paper", "hybrid"))
+    swept = [next(line for line in lines if "sweep ablations" in line) for lines in (paper, hybrid)]
+    assert swept[0] == swept[1]
+
+
 def test_plan_counts_the_photos_of_a_folder(tmp_path):
     scenes = draw_scenes(tmp_path, train_images=50, val_images=10)
     rates = ("--featurize-rate", "300", "--steps-per-second", "20", "--read-mb-per-second", "500")

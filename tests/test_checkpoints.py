@@ -1,5 +1,6 @@
 """Checkpoints: damage is recognised, the one before is used, a full disk and a signal lose nothing."""
 
+import errno
 import json
 import os
 import random
@@ -12,7 +13,16 @@ import torch
 
 import pipelines.training as training
 from la.errors import InputError
-from pipelines.checkpoints import CheckpointWarning, DamagedCheckpoint, check, find_last, load, save, save_last
+from pipelines.checkpoints import (
+    CheckpointWarning,
+    DamagedCheckpoint,
+    check,
+    find_last,
+    load,
+    load_last,
+    save,
+    save_last,
+)
 from pipelines.config import EvaluateConfig
 from pipelines.evaluate import evaluate
 from pipelines.notice import Stopped
@@ -111,6 +121,20 @@ def test_a_file_that_cannot_be_written_is_the_users_to_mend_and_leaves_the_old_o
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert same(load(path), CONTENT)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_disk_that_does_not_answer_is_no_damaged_checkpoint(tmp_path, monkeypatch):
+    save_last(tmp_path, CONTENT)
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("zipfile.ZipFile", stale)
+        with pytest.raises(OSError, match="Stale"):
+            find_last(tmp_path)
+    assert same(load_last(tmp_path), CONTENT)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 

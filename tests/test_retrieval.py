@@ -1,10 +1,15 @@
 """Support retrieval: the nearest photos, by a matrix product and by faiss alike."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from la.retrieval import SupportIndex, descriptor
+from pipelines.config import EvaluateConfig
+from pipelines.episodes import evaluation_plan
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +53,14 @@ def test_a_descriptor_is_a_unit_vector_whatever_the_size_of_features():
     features = torch.randn(2, 3, 3, 8)
     torch.testing.assert_close(descriptor(features * 9), descriptor(features))
     torch.testing.assert_close(descriptor(features).norm(dim=-1), torch.ones(2))
+
+
+def test_episodes_of_nearest_supports_belong_to_the_features_that_chose_them():
+    stores = [
+        SimpleNamespace(key=key, path=Path("w/features") / key, dataset=lambda _: SimpleNamespace(digest="d"))
+        for key in "ab"
+    ]
+    for selection, alike in (("random", True), ("nearest", False)):
+        config = EvaluateConfig(workspace=Path("w"), support_selection=selection)
+        one, other = (evaluation_plan(config, 0).folder(store) for store in stores)
+        assert (one == other) == alike

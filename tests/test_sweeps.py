@@ -231,6 +231,8 @@ def test_a_table_by_fold_has_intervals_and_the_means_of_the_same_folds(tmp_path)
         ({}, 0, {"CPU": 1, "GPU": 1}, 2),
         ({"gpus": 0.25}, 0, {"CPU": 1, "GPU": 0.25}, 8),
         ({"gpus": 0.25, "concurrent": 3}, 0, {"CPU": 1, "GPU": 0.25}, 3),
+        ({"concurrent": 6}, 0, {"CPU": 1, "GPU": 1}, 2),
+        ({"concurrent": 6}, 2, {"memory": 1}, 1),
         ({"device": "cpu", "threads": 4}, 0, {"CPU": 4, "GPU": 0}, 2),
         ({"device": "cpu"}, 3, {"memory": 1}, 2),
         ({}, 2, {"memory": 1}, 1),
@@ -238,24 +240,31 @@ def test_a_table_by_fold_has_intervals_and_the_means_of_the_same_folds(tmp_path)
 )
 def test_trials_share_cpus_and_gpus(monkeypatch, place, workers, taken, at_once):
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
-    assert trial_resources(TrialPlacement(**place), workers) == (taken, at_once)
+    assert trial_resources(TrialPlacement(**place), workers, alone=True) == (taken, at_once)
+
+
+def test_on_a_cluster_trials_may_wait_for_nodes(monkeypatch):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    assert trial_resources(TrialPlacement(concurrent=6), 0, alone=False)[1] == 6
+    assert trial_resources(TrialPlacement(), 0, alone=False)[1] == 2
+    assert trial_resources(TrialPlacement(concurrent=6), 2, alone=False)[1] == 1, "those with workers would block them"
 
 
 @pytest.mark.parametrize(
     ("place", "workers", "message"),
     [
-        ({"threads": 9}, 0, "--threads 9: Ray has 8 CPUs"),
-        ({"threads": 3, "device": "cpu"}, 3, "--threads 3 times --workers 3: Ray has 8 CPUs"),
-        ({"gpus": 3}, 0, "--gpus 3: Ray has 2 GPUs"),
+        ({"threads": 9}, 0, "--threads 9, --gpus 1: Ray has 8 CPUs of 9"),
+        ({"threads": 3, "device": "cpu"}, 3, "--threads 3, --gpus 0, --workers 3: Ray has 8 CPUs of 9"),
+        ({"gpus": 3}, 0, "--gpus 3: Ray has 2 GPUs of 3"),
         ({"gpus": 0.5}, 2, "a Ray Train worker takes one whole GPU"),
-        ({}, 3, "--gpus 1 times --workers 3: Ray has 2 GPUs"),
+        ({}, 3, "--gpus 1, --workers 3: Ray has 2 GPUs of 3"),
         ({"device": "cuda", "gpus": 0}, 0, "--device cuda with no GPU"),
     ],
 )
 def test_a_trial_that_fits_nowhere_is_refused(monkeypatch, place, workers, message):
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
     with pytest.raises(InputError, match=message):
-        trial_resources(TrialPlacement(**place), workers)
+        trial_resources(TrialPlacement(**place), workers, alone=True)
 
 
 READ_A_STORE = """

@@ -165,6 +165,16 @@ def test_a_finished_run_is_not_repeated(workspace):
     assert run_dir_of(settings(workspace, lr=0.5)) != first.run_dir
 
 
+def test_a_run_does_not_go_on_with_the_features_of_another_store(workspace):
+    config = settings(workspace, seed=21)
+    run_dir = train(config).run_dir
+    recorded = json.loads((run_dir / "config.json").read_text())
+    assert recorded["store"] == next((workspace / "features").iterdir()).name
+    (run_dir / "config.json").write_text(json.dumps(recorded | {"store": "0123456789ab"}))
+    with pytest.raises(InputError, match=r"was trained on the store 0123456789ab.*Pass --store"):
+        train(config)
+
+
 def test_all_ranks_have_one_shape_in_a_step_and_share_no_episode(workspace):
     config = settings(workspace, train_batches=40)
     store = FeatureStore(next((workspace / "features").iterdir()))
@@ -419,9 +429,9 @@ def test_the_default_checkpoint_has_not_seen_the_test_classes(workspace):
     plain = train(settings(workspace, seed=5))
     train(settings(workspace, seed=6, classes="all"))
     train(settings(workspace, seed=7, fold_lists="contiguous"))
-    assert latest_run(EvaluateConfig(workspace=workspace), store.key) == plain.run_dir
+    assert latest_run(EvaluateConfig(workspace=workspace), store) == plain.run_dir
     with pytest.raises(InputError, match="train --fold 3 --fold-lists contiguous"):
-        latest_run(EvaluateConfig(workspace=workspace, fold=3, protocol="panet"), store.key)
+        latest_run(EvaluateConfig(workspace=workspace, fold=3, protocol="panet"), store)
 
 
 def test_a_generalist_may_be_tested_on_what_it_has_seen(workspace):

@@ -2,11 +2,13 @@
 
 import pytest
 
+from la.errors import InputError
 from pipelines.bench_training import bench_training
-from pipelines.cluster import ray_session
+from pipelines.cluster import ray_session, wait_for
 from pipelines.config import FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.featurize import featurize
+from pipelines.ray_train import _takes_gpus
 from pipelines.training import train
 from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS
 
@@ -40,6 +42,29 @@ def test_two_ray_workers_train_report_and_finish(workspace):
     assert result.step == 12
     assert [r["step"] for r in reports] == [6, 10, 12], "one report a step, of rank 0"
     assert result.checkpoint.exists()
+
+
+def test_workers_take_gpus_where_the_cluster_has_them_whatever_this_machine_has(monkeypatch):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    assert _takes_gpus("auto")
+    assert _takes_gpus("cuda")
+    assert not _takes_gpus("cpu")
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    assert not _takes_gpus("auto")
+
+
+def test_nodes_of_a_cluster_are_waited_for_and_this_machine_alone_has_what_it_has(monkeypatch, capsys):
+    there, asked = iter([{"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}]), []
+    monkeypatch.setattr("ray.cluster_resources", lambda: next(there))
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    wait_for("--workers 2", 2, {"CPU": 4, "GPU": 1}, alone=False)
+    assert asked == [[{"CPU": 4, "GPU": 1}] * 2, []]
+    assert capsys.readouterr().err.count("--workers 2: Ray has 2 CPUs of 8, Ray has 0 GPUs of 2. Waiting") == 1
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(InputError, match="--workers 3: Ray has 2 CPUs of 3"):
+        wait_for("--workers 3", 3, {"CPU": 1}, alone=True)
+    wait_for("--workers 3", 3, {"CPU": 1}, alone=False, stop=lambda: True)
 
 
 def test_training_is_measured_without_ray_with_one_worker_and_with_two(workspace):
