@@ -117,7 +117,7 @@ def convert(
 
 @app.command()
 def push(uri: UriArgument, workspace: WorkspaceOption = WORKSPACE, store: StoreOption = None) -> None:
-    """Copy a finished feature store to object storage; what is there already stays."""
+    """Copy a finished feature store to object storage; files that are there already, and the same, stay."""
     with mistakes():
         from pipelines.remote import RemoteStores
         from pipelines.workspace import Workspace

@@ -3,13 +3,14 @@
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from pyarrow import fs
 
 from la.errors import InputError
-from pipelines.places import filesystem, patiently
+from pipelines.places import Unreachable, filesystem, patiently
 from pipelines.shards import checked_shard, open_shard
 from pipelines.store import StoreInfo, read_info
 from pipelines.workspace import write_whole
@@ -37,24 +38,29 @@ class RemoteStores:
         self._patiently(lambda: self._put(store / file, f"{self._root}/{store.name}/{file}"))
 
     def push(self, store: Path, on_file: OnFile = lambda *_: None) -> int:
-        """Copy a finished store there, store.json last; returns how many files were not there yet."""
-        files = files_of(read_info(store))
+        """Copy a finished store there, store.json last; returns how many files were not there yet, or others."""
+        info = read_info(store)
+        files = files_of(info)
         there = self._sizes(store.name)
-        missing = [file for file in files if there.get(file) != (store / file).stat().st_size]
-        done = len(files) - len(missing)
-        for file in [*(f for f in missing if f != "store.json"), *(["store.json"] if missing else [])]:
+        finished = "store.json" in there and _equal(info, lambda: self._info(store.name))
+        missing = [file for file in files if not self._holds(store, file, there.get(file), finished)]
+        if "store.json" in there and not finished:  # of another run: no finished store while its files are replaced
+            self._patiently(lambda: self._remove(f"{self._root}/{store.name}/store.json"))
+        for done, file in enumerate(missing, start=len(files) - len(missing) + 1):
             self.put(store, file)
-            done += 1
-            on_file(min(done, len(files)), len(files))
+            on_file(done, len(files))
         return len(missing)
 
     def pull(self, features: Path, key: str | None = None, on_file: OnFile = lambda *_: None) -> Path:
         """Copy a finished store into the local folder `features`, every shard checked; returns the store's folder.
 
-        Files that are there already stay. Raises InputError where there is none, or several and none was named.
+        Shards that are here already stay where they are the store's. Raises InputError where there is no store, or
+        several and none was named.
         """
         key = key or self._only_key()
         info = self._info(key)
+        if not _equal(info, lambda: read_info(features / key)):  # no finished store while its files are replaced
+            (features / key / "store.json").unlink(missing_ok=True)
         files = files_of(info)
         for done, file in enumerate(files, start=1):
             self._fetch(key, file, features / key / file, info)
@@ -62,13 +68,19 @@ class RemoteStores:
         return features / key
 
     def pull_unfinished(self, store: Path) -> None:
-        """Copy the shards that an earlier run left of a store, each checked, or all of it where it is finished."""
+        """Copy the shards that an earlier run left of a store, each checked, or all of it where it is finished.
+
+        A store that is finished here stays as it is. Where neither is, so do the shards that are here: the run that
+        goes on checks and describes them itself.
+        """
+        if (store / "store.json").exists():
+            return
         there = self._sizes(store.name)
         if "store.json" in there:
             self.pull(store.parent, store.name)
             return
         for file in sorted(there):
-            if _SHARD.fullmatch(file):
+            if _SHARD.fullmatch(file) and not (store / file).exists():
                 self._fetch(store.name, file, store / file)
 
     def _info(self, key: str) -> StoreInfo:
@@ -87,8 +99,10 @@ class RemoteStores:
 
     def _fetch(self, key: str, file: str, path: Path, info: StoreInfo | None = None) -> None:
         """Copy a file here, whole or not at all; a shard only if its checksum is that of `info`, or else its own."""
-        if path.exists():
-            return
+        if info and _SHARD.fullmatch(file):
+            with suppress(InputError):  # missing, damaged or of another run
+                checked_shard(path, key, info.shards[file])
+                return
 
         def write(temporary: Path) -> None:
             self._patiently(lambda: self._get(f"{self._root}/{key}/{file}", temporary))
@@ -113,11 +127,39 @@ class RemoteStores:
         folder, name = target.rsplit("/", 1)
         self._fs.create_dir(folder, recursive=True)
         written = target if self._fs.type_name in PUTS_WHOLE else f"{folder}/.{name}.tmp"
-        with open(path, "rb") as file, self._fs.open_output_stream(written) as stream:
-            while content := file.read(CHUNK):
-                stream.write(content)
+        with open(path, "rb") as file:
+            try:
+                with self._fs.open_output_stream(written) as stream:
+                    while content := file.read(CHUNK):
+                        stream.write(content)
+            except BaseException:  # closing the stream makes a file even of what was cut short
+                with suppress(OSError):
+                    self._remove(written)
+                raise
         if written != target:
             self._fs.move(written, target)
+
+    def _holds(self, store: Path, file: str, size: int | None, finished: bool) -> bool:
+        """Whether a file there, of `size` bytes, is the store's own; `finished` says that store.json there is.
+
+        Of shards the footers are compared, which hold the checksum of the features.
+        """
+        path = store / file
+        if not _SHARD.fullmatch(file):
+            return finished and size == path.stat().st_size
+        footer = open_shard(path, store.name)[0].metadata.serialized_size + 8  # bytes, with its length and mark
+        whole = path.stat().st_size
+
+        def same() -> bool:
+            with open(path, "rb") as here, self._fs.open_input_file(f"{self._root}/{store.name}/{file}") as there:
+                here.seek(whole - footer)
+                return here.read() == there.read_at(footer, whole - footer)
+
+        return size == whole and self._patiently(same)
+
+    def _remove(self, target: str) -> None:
+        with suppress(FileNotFoundError):
+            self._fs.delete_file(target)
 
     def _sizes(self, folder: str) -> dict[str, int]:
         """Path under `folder` -> bytes, of every file there."""
@@ -133,3 +175,12 @@ class RemoteStores:
 def files_of(info: StoreInfo) -> list[str]:
     """Every file of a finished store; store.json, which makes it finished, last."""
     return [*sorted(info.shards), *(f"annotations-{s}.parquet" for s in info.splits), "index.parquet", "store.json"]
+
+
+def _equal(info: StoreInfo, read: Callable[[], StoreInfo]) -> bool:
+    try:
+        return read() == info
+    except Unreachable:
+        raise
+    except InputError:  # missing or damaged
+        return False

@@ -1,21 +1,24 @@
 """Stores on an S3 server, which moto plays, whole and half made, well and failing."""
 
+import io
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pyarrow import fs
 from typer.testing import CliRunner
 
 import cli
-import pipelines.shard_maker
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig, VerifyConfig
 from pipelines.drill_s3 import Server, s3_server
 from pipelines.featurize import featurize
 from pipelines.places import filesystem, place
 from pipelines.remote import RemoteStores
+from pipelines.shard_maker import ShardMaker, encode
 from pipelines.store import FeatureStore
 from pipelines.verify import verify
 from tests.conftest import TINY
@@ -46,6 +49,27 @@ def same(one: Path, other: Path) -> bool:
     )
 
 
+@contextmanager
+def killed_after(calls: int, owner: type = ShardMaker, method: str = "make") -> Iterator[None]:
+    """Inside, this many shards are made, or other calls of a method, before the process dies."""
+    call, left = getattr(owner, method), iter(range(calls))
+
+    def dying(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return call(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, dying)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def otherwise_rounded(*arguments) -> np.ndarray:
+    """Features as another machine makes them."""
+    return np.nextafter(encode(*arguments), np.float16(9))
+
+
 @pytest.mark.parametrize("kind", ["s3", "file"])
 def test_a_store_comes_back_as_it_was_pushed(config, uri, tmp_path, kind):
     uri = uri if kind == "s3" else (tmp_path / "shared").as_uri()
@@ -57,21 +81,11 @@ def test_a_store_comes_back_as_it_was_pushed(config, uri, tmp_path, kind):
     assert list(FeatureStore(pulled).verify())
 
 
-def test_a_run_on_another_machine_goes_on_from_what_was_copied(config, uri, tmp_path, monkeypatch):
+def test_a_run_on_another_machine_goes_on_from_what_was_copied(config, uri, tmp_path):
     whole = featurize(config).store
     cut = config.model_copy(update={"workspace": tmp_path / "cut", "features": uri})
-    make = pipelines.shard_maker.ShardMaker.make
-    left = iter(range(3))
-
-    def dying(*arguments):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return make(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pipelines.shard_maker.ShardMaker.make", dying)
-        with pytest.raises(KeyboardInterrupt):
-            featurize(cut)
+    with killed_after(3):
+        featurize(cut)
     with pytest.raises(InputError, match="no finished store"):
         RemoteStores(uri).pull(tmp_path / "early")
     report = featurize(cut.model_copy(update={"workspace": tmp_path / "elsewhere"}))
@@ -80,6 +94,75 @@ def test_a_run_on_another_machine_goes_on_from_what_was_copied(config, uri, tmp_
     assert same(report.store, RemoteStores(uri).pull(tmp_path / "third"))
     finished = featurize(cut.model_copy(update={"workspace": tmp_path / "fourth"}))
     assert (finished.already, finished.made) == (26, 0)
+
+
+@pytest.mark.parametrize("verb", ["pull", "featurize"])
+def test_shards_of_another_run_give_way_to_those_of_the_finished_store(config, tmp_path, verb):
+    store = featurize(config).store
+    uri = (tmp_path / "shared").as_uri()
+    RemoteStores(uri).push(store)
+    config.coco_dir.joinpath("train2017/000000000101.jpg").write_bytes(b"broken")
+    here = config.model_copy(update={"workspace": tmp_path / "here"})
+    with killed_after(2):
+        featurize(here.model_copy(update={"skip_bad": True}))
+    kept = tmp_path / "here" / "features" / store.name / "train/part-00001.parquet"
+    inode = kept.stat().st_ino
+    if verb == "pull":
+        RemoteStores(uri).pull(tmp_path / "here" / "features")
+    else:
+        assert featurize(here.model_copy(update={"features": uri})).made == 0
+    assert same(store, tmp_path / "here" / "features" / store.name)
+    assert kept.stat().st_ino == inode
+
+
+def test_a_pulled_store_takes_the_place_of_a_finished_one(config, tmp_path, monkeypatch):
+    store = featurize(config).store
+    uri = (tmp_path / "shared").as_uri()
+    RemoteStores(uri).push(store)
+    monkeypatch.setattr("pipelines.shard_maker.encode", otherwise_rounded)
+    other = featurize(config.model_copy(update={"workspace": tmp_path / "other"})).store
+    with killed_after(3, RemoteStores, "_fetch"):
+        RemoteStores(uri).pull(other.parent)
+    assert not (other / "store.json").exists()
+    assert same(store, RemoteStores(uri).pull(other.parent))
+
+
+def test_a_push_takes_the_place_of_another_run_and_goes_on_where_it_was_killed(config, uri, tmp_path, monkeypatch):
+    store = featurize(config).store
+    files = len(list(store.rglob("*.*")))
+    other = config.model_copy(update={"workspace": tmp_path / "other", "features": uri})
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.shard_maker.encode", otherwise_rounded)
+        with killed_after(3):
+            featurize(other)
+        with killed_after(2, RemoteStores, "put"):
+            RemoteStores(uri).push(store)
+        assert RemoteStores(uri).push(store) == files - 2
+        assert same(store, RemoteStores(uri).pull(tmp_path / "first"))
+
+        RemoteStores(uri).push(featurize(other.model_copy(update={"features": None})).store)
+    with killed_after(1, RemoteStores, "put"):
+        RemoteStores(uri).push(store)
+    with pytest.raises(InputError, match="no finished store"):
+        RemoteStores(uri).pull(tmp_path / "early")
+    assert RemoteStores(uri).push(store) == files - 1
+    assert same(store, RemoteStores(uri).pull(tmp_path / "second"))
+
+
+@pytest.mark.parametrize("kind", ["s3", "file"])
+def test_an_interrupted_copy_leaves_nothing(uri, tmp_path, monkeypatch, kind):
+    uri = uri if kind == "s3" else (tmp_path / "shared").as_uri()
+
+    class Interrupted(io.BytesIO):
+        def read(self, size: int) -> bytes:
+            if self.tell():
+                raise KeyboardInterrupt
+            return super().read(4)
+
+    monkeypatch.setattr("pipelines.remote.open", lambda *_: Interrupted(b"a whole file"), raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        RemoteStores(uri).put(tmp_path / "key", "store.json")
+    assert RemoteStores(uri)._sizes("key") == {}
 
 
 def test_a_server_that_fails_for_a_while_is_waited_for(config, uri, server, tmp_path):
