@@ -63,7 +63,7 @@ def featurize(
     threads: ThreadsOption = None,
 ) -> None:
     """Turn every photo into features once, with a frozen ViT. Done twice, there is nothing to do."""
-    with mistakes():
+    with mistakes(goes_on=True):
         from pipelines.config import FeaturizeConfig
         from pipelines.featurize import featurize as run
 
@@ -102,7 +102,7 @@ def convert(
     store: StoreOption = None,
 ) -> None:
     """Make a second feature store from a finished one, its features in fewer bytes; needs no photos."""
-    with mistakes():
+    with mistakes(goes_on=True):
         from pipelines.convert import convert as run
 
         with progress_bar() as bar:
@@ -118,7 +118,7 @@ def convert(
 @app.command()
 def push(uri: UriArgument, workspace: WorkspaceOption = WORKSPACE, store: StoreOption = None) -> None:
     """Copy a finished feature store to object storage; files that are there already, and the same, stay."""
-    with mistakes():
+    with mistakes(goes_on=True):
         from pipelines.remote import RemoteStores
         from pipelines.workspace import Workspace
 
@@ -132,7 +132,7 @@ def push(uri: UriArgument, workspace: WorkspaceOption = WORKSPACE, store: StoreO
 @app.command()
 def pull(uri: UriArgument, workspace: WorkspaceOption = WORKSPACE, store: StoreOption = None) -> None:
     """Copy a finished feature store from object storage into the workspace, every shard checked."""
-    with mistakes():
+    with mistakes(goes_on=True):
         from pipelines.remote import RemoteStores
         from pipelines.workspace import Workspace
 
@@ -215,7 +215,7 @@ def episodes(
     store: StoreOption = None,
 ) -> None:
     """Draw COCO-20i episodes into Parquet shards. Later verbs draw what they miss, so this one is for looking first."""
-    with mistakes():
+    with mistakes(goes_on=True):
         from pipelines.config import EvaluateConfig, TrainConfig
         from pipelines.episodes import ensure_episodes, evaluation_plan, training_plan
         from pipelines.store import FeatureStore

@@ -105,7 +105,7 @@ def train(
     On SIGTERM or SIGUSR1 (Slurm, spot instances) it writes one after the step under way and ends with exit code 143 or
     138; of the workers, send it to this process.
     """
-    with mistakes():
+    with mistakes(goes_on=True):
         from pipelines.config import TrainConfig, default_recipe
         from pipelines.tracking import log_training
         from pipelines.training import steps_of_epochs
@@ -239,9 +239,16 @@ def evaluate(
             device=device,
             threads=threads,
         )
-        with progress_bar() as bar:
-            task = bar.add_task(f"fold {fold} {method}", total=None)
-            result = run(config, lambda done, total: bar.update(task, completed=done, total=total))
+        if method == "la" and checkpoint is None:
+            from pipelines.methods import latest_run
+            from pipelines.store import FeatureStore
+            from pipelines.workspace import Workspace
+
+            latest = latest_run(config, FeatureStore(Workspace(config.workspace).find_store(store)))
+            console.print(f"checkpoint: {latest}, the fold's last", highlight=False, soft_wrap=True)
+        with progress_bar("now") as bar:
+            task = bar.add_task(f"fold {fold} {method}", total=None, now="loading the model")
+            result = run(config, lambda done, total: bar.update(task, completed=done, total=total, now="episodes"))
         log_evaluation(config, result)
         table = Table("class", "IoU", "episodes", title=f"{result.method}, fold {fold}, {classes} classes of {split}")
         for name, iou in sorted(result.per_class.items(), key=lambda item: -item[1]):
@@ -249,8 +256,9 @@ def evaluate(
         console.print(table)
         for name, reason in result.classes_skipped.items():
             console.print(f"  not drawn: {name} ({reason})", highlight=False)
+        spread = f" +- {result.std:.2f}" if config.seeds > 1 else ""
         console.print(
-            f"{ways}-way {shots}-shot, {prompt} prompts: mIoU {result.miou:.2f} +- {result.std:.2f} over "
+            f"{ways}-way {shots}-shot, {prompt} prompts: mIoU {result.miou:.2f}{spread} over "
             f"{config.seeds} seeds x {config.episodes} episodes, {result.classes_drawn} classes; "
             f"95 % of resampled episodes {result.interval[0]:.2f} to {result.interval[1]:.2f}, "
             f"FB-IoU {result.fb_iou:.2f}; protocol {protocol}, episodes {result.episodes_digest}",

@@ -49,7 +49,8 @@ def predict(
     threads: ThreadsOption = None,
 ) -> None:
     """Segment photos by a few annotated ones. Killed and started again, it goes on where it was."""
-    with mistakes():
+    with mistakes(goes_on=True):
+        from la.checkpoint import DEMO
         from pipelines.config import PredictConfig
         from pipelines.predict import predict as run
 
@@ -72,12 +73,14 @@ def predict(
             threads=threads,
         )
         with progress_bar("rate") as bar:
-            task = bar.add_task("predict", total=None, rate="")
+            task = bar.add_task("predict", total=None, rate="loading the model")
 
             def progress(done: int, total: int, rate: float) -> None:
                 bar.update(task, completed=done, total=total, rate=f"{rate:.1f} photos/s")
 
             report = run(config, progress)
+        if checkpoint == DEMO:
+            console.print("note: the demo model knows drawn scenes; for photos pass --checkpoint, a run of your own")
         rate = f" at {report.photos_per_second:.2f} photos/s" if report.made else ""
         console.print(f"{report.made} photos segmented{rate}, {report.already} there already: {report.results.parent}")
         if report.skipped:

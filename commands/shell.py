@@ -68,7 +68,8 @@ WeightsOption = Annotated[
 ]
 SizeOption = Annotated[int, typer.Option("--image-size", help="Side in pixels that photos are resized to.")]
 BatchScaleOption = Annotated[
-    float, typer.Option("--batch-scale", help="Times B in the recipe's (B, N, K); 0.5 halves memory and time.")
+    float,
+    typer.Option("--batch-scale", min=0.01, help="Times B in the recipe's (B, N, K); 0.5 halves memory and time."),
 ]
 RecipeOption = Annotated[
     Literal["small", "paper", "official", "hybrid"] | None,
@@ -99,8 +100,8 @@ SupportsOption = Annotated[
 
 
 @contextmanager
-def mistakes():
-    """The user's mistakes are one message and exit code 2."""
+def mistakes(goes_on: bool = False):
+    """The user's mistakes are one message and exit code 2; Ctrl-C is 130, and says whether the command `goes_on`."""
     try:
         yield
     except (InputError, ValidationError) as error:
@@ -111,7 +112,7 @@ def mistakes():
         Console(stderr=True).print(stopped, style="yellow", highlight=False, soft_wrap=True, markup=False)
         raise typer.Exit(stopped.exit_code) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command goes on where it was")
+        Console(stderr=True).print("stopped; the same command goes on where it was" if goes_on else "stopped")
         raise typer.Exit(130) from None
 
 

@@ -76,7 +76,7 @@ def add_study(study: Study) -> None:
         threads: TrialThreadsOption = 1,
         tracking_uri: TrackingOption = None,
     ) -> None:
-        with mistakes():
+        with mistakes(goes_on=True):
             from pipelines.config import SweepConfig
             from sweeps.runner import run_sweep
 
@@ -152,7 +152,7 @@ def search(
     workspace its training is finished already, so it returns at once and `evaluate` can follow. Repeat it with another
     --fold or more --steps.
     """
-    with mistakes():
+    with mistakes(goes_on=True):
         from pipelines.config import SearchConfig
         from sweeps.search import run_search
 
@@ -218,8 +218,8 @@ def demo(
     ] = False,
     address: AddressOption = None,
 ) -> None:
-    """The whole line on scenes drawn on the spot, without a download: about three minutes on two cores."""
-    with mistakes():
+    """The whole line on scenes drawn on the spot, without a download: about six minutes on two cores."""
+    with mistakes(goes_on=True):
         from sweeps.demo import SMALLEST, run_demo
 
         result, pictures = run_demo(workspace.absolute(), console, SMALLEST if smallest else None)

@@ -11,7 +11,8 @@ from la.checkpoint import read_checkpoint
 from la.errors import InputError
 from la.export import example_inputs, export_onnx, export_program, heads_inputs, heads_of
 from la.learned import learn
-from la.support_set import load_supports, merged
+from la.support_set import merged
+from pipelines.support_files import saved_classes
 from pipelines.workspace import write_whole
 
 
@@ -43,7 +44,7 @@ def export_heads(
     known = read_checkpoint(checkpoint)
     kept, names = {}, ()
     if prototypes:
-        supports = merged([load_supports(path) for path in prototypes])
+        supports = merged(saved_classes(prototypes, known))
         learned = learn(known.model, supports, torch.device("cpu"))
         kept, names = heads_inputs(learned), learned.classes
         ways, shots = len(names), max(supports.shots.values())

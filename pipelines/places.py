@@ -8,6 +8,7 @@ tools use, from the environment or ~/.aws.
 import io
 import logging
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
@@ -39,6 +40,8 @@ def filesystem(uri: str, patience: float | None = None) -> "tuple[fs.FileSystem,
             f"{uri.split('://')[0]}://...@... holds a password, which would be written down with the features. Leave "
             "it out: credentials come from the environment or ~/.aws."
         )
+    if re.fullmatch(r"\w+:/*", uri):
+        raise InputError(f"{uri} names no bucket or folder. Expected one such as s3://bucket/folder.")
     import pyarrow as pa
     from pyarrow import fs
 

@@ -22,15 +22,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from la.checkpoint import read_checkpoint
 from la.errors import InputError
 from la.learned import Learned
 from la.photos import open_photo
 from la.predictor import PHOTOS_AT_ONCE, Predictor
 from la.retrieval import descriptor
-from la.support_set import SupportSet, load_supports, merged, save_supports
+from la.support_set import SupportSet, merged, save_supports
 from pipelines.config import PredictConfig
 from pipelines.mask_files import MOST_CLASSES, coco_results, indexed, overlay
-from pipelines.support_files import read_support_files
+from pipelines.support_files import read_support_files, saved_classes
 from pipelines.workspace import digest, locked, write_text, write_whole
 
 LEARNED_KEPT = 64  # sets of nearest supports in memory; neighbouring photos often share theirs
@@ -59,10 +60,11 @@ def predict(config: PredictConfig, on_progress: Callable[[int, int, float], None
     if config.support_selection == "nearest" and config.shots is None:
         raise InputError("--support-selection nearest needs --shots K: how many supports of each class to take.")
     photos = find_photos(config.images)
+    saved = saved_classes(config.prototypes, read_checkpoint(config.checkpoint))
     predictor = Predictor.from_checkpoint(
         config.checkpoint, config.device, config.weights, config.backbone, config.image_size
     )
-    supports, category_ids = _supports(config, predictor)
+    supports, category_ids = _supports(config, predictor, saved)
     learned_of = _chooser(config, predictor, supports)
     with locked(config.out, wait=False):
         ledger = _Ledger(config.out / "progress.jsonl", _key(config, predictor, supports))
@@ -111,9 +113,11 @@ def find_photos(source: Path) -> dict[Path, _Photo]:
     }
 
 
-def _supports(config: PredictConfig, predictor: Predictor) -> tuple[SupportSet, dict[str, int]]:
+def _supports(
+    config: PredictConfig, predictor: Predictor, saved: Sequence[SupportSet]
+) -> tuple[SupportSet, dict[str, int]]:
     """The supports, and class name -> category id of the results in the order of classes."""
-    sets, given = [load_supports(path) for path in config.prototypes], {}
+    sets, given = list(saved), {}
     if config.support is not None:
         read = read_support_files(config.support, config.classes or None, config.support_images)
         given = read.category_ids

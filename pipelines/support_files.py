@@ -5,7 +5,7 @@ import binascii
 import io
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from la.backbone import PHOTO_FORMATS
+from la.checkpoint import Checkpoint
 from la.errors import InputError
 from la.photos import Photo
+from la.support_set import SupportSet, load_supports
 from la.user_prompts import Box, Points, Prompt
 
 NEGATIVE = "negative"  # flag or description of a labelme point that is not on the object
@@ -66,6 +68,21 @@ def _only(found: SupportFiles, classes: Collection[str] | None, source: Path) ->
     return SupportFiles([photo for photo, _ in kept], [chosen for _, chosen in kept], found.category_ids)
 
 
+def saved_classes(paths: Sequence[Path], checkpoint: Checkpoint) -> list[SupportSet]:
+    """Classes that were saved before. Raises InputError for those of other features than the checkpoint takes."""
+    sets = [load_supports(path) for path in paths]
+    for path, one in zip(paths, sets, strict=True):
+        takes = {name: (checkpoint.features or one.made_by)[name] for name in ("backbone", "image_size")}
+        channels = one.supports[0].features.shape[-1]
+        if channels != checkpoint.model.config.channels or any(takes[name] != one.made_by[name] for name in takes):
+            raise InputError(
+                f"--prototypes {path} holds features of {one.made_by['backbone']} at {one.made_by['image_size']} px, "
+                f"but --checkpoint {checkpoint.name} takes those of {takes['backbone']} at {takes['image_size']} px. "
+                f"Pass the checkpoint they were saved with, {one.made_by['checkpoint']}, and its --weights if it asks."
+            )
+    return sets
+
+
 def _of_coco(file: Path, content: dict, photos: Path | None) -> SupportFiles:
     try:
         categories = {int(one["id"]): str(one["name"]) for one in content["categories"]}
@@ -77,6 +94,8 @@ def _of_coco(file: Path, content: dict, photos: Path | None) -> SupportFiles:
                 by_image[int(one["image_id"])].setdefault(name, []).append(one)
         shown = [number for number in sorted(images) if by_image[number]]
         paths = [_coco_photo(file, str(images[number]["file_name"]), photos) for number in shown]
+    except InputError:  # which is a ValueError
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"--support {file} is neither labelme JSON nor a COCO instances file ({type(error).__name__}: {error}); "

@@ -71,19 +71,21 @@ def train(config: TrainConfig, on_report: Report | None = None) -> TrainResult:
     """Train a model, or go on with it; returns at once where the run is finished.
 
     `on_report` gets step, loss, lr, episodes_per_s, seconds and now and then seen_miou. Raises InputError for an empty
-    workspace, a fold outside 0-3, too few images for the batches and a full disk. SIGTERM and SIGUSR1 to this process
-    end the run after the step under way with a checkpoint, and raise Stopped.
+    workspace, a fold outside 0-3, too few images for the batches and a full disk. SIGTERM, SIGUSR1
+    and Ctrl-C to this process end the run after the step under way with a checkpoint, and raise Stopped.
     """
+    store = FeatureStore(Workspace(config.workspace).find_store(config.store))
+    model_config(config, store.info.channels)  # mistakes are told before a folder is made
+    pool_of(training_plan(config), store)
     run_dir = run_dir_of(config)
     with locked(run_dir, wait=True), full_disk_told(run_dir):
         # two sweeps may need the same run: the second waits and finds it finished
-        _train_in(run_dir, config, on_report)
+        _train_in(run_dir, config, store, on_report)
     result = json.loads((run_dir / "result.json").read_text())
     return TrainResult(run_dir, run_dir / BEST, result["step"], result["metrics"])
 
 
-def _train_in(run_dir: Path, config: TrainConfig, on_report: Report | None) -> None:
-    store = FeatureStore(Workspace(config.workspace).find_store(config.store))
+def _train_in(run_dir: Path, config: TrainConfig, store: FeatureStore, on_report: Report | None) -> None:
     _same_store(run_dir, store.key)
     mend(run_dir)
     if not (run_dir / "result.json").exists():
@@ -122,6 +124,8 @@ def run_dir_of(config: TrainConfig) -> Path:
 def steps_of_epochs(config: TrainConfig, epochs: float) -> int:
     """Steps that draw `epochs` x (training photos) episodes, as the paper counts an epoch."""
     store = FeatureStore(Workspace(config.workspace).find_store(config.store))
+    if not 0 < epochs < float("inf"):
+        raise InputError(f"--epochs is {epochs:g}; expected a number above 0, such as 50.")
     per_step = max(1, config.workers) * sum(b for b, _, _ in config.batches) / len(config.batches)
     return max(1, round(epochs * len(store.image_ids("train")) / per_step))
 

@@ -47,6 +47,11 @@ class Workspace:
         """
         stores = {path.parent.name: path.parent for path in sorted(self.features.glob("*/store.json"))}
         if not stores:
+            if begun := ", ".join(sorted({path.parents[1].name for path in self.features.glob("*/*/part-*.parquet")})):
+                raise InputError(
+                    f"--workspace {self.root} holds a feature store that is not finished, {begun}. Run the same "
+                    "`featurize` again: it goes on where it was."
+                )
             raise InputError(
                 f"--workspace {self.root} holds no features. Run `python cli.py featurize --coco-dir DIR "
                 f"--workspace {self.root}` first, or `python cli.py demo`."

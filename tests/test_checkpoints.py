@@ -175,7 +175,7 @@ def test_a_finished_runs_best_is_restored_by_the_same_command(workspace):
         train(config)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_training_with_a_checkpoint_of_the_step_under_way(workspace, signum):
     config = settings(workspace, seed=13 + signum, checkpoint_every=1000, val_every=1000)
     expected = parts_that_count(train(config).run_dir)

@@ -1,6 +1,7 @@
 """The verb `predict`: support files in, masks, overlays and COCO results out."""
 
 import base64
+import dataclasses
 import io
 import json
 
@@ -13,10 +14,12 @@ from typer.testing import CliRunner
 from cli import app
 from la.errors import InputError
 from la.predictor import Predictor
+from la.support_set import load_supports, save_supports
 from la.user_prompts import Box, Points
 from pipelines.bench_predict import bench_predict
 from pipelines.config import PredictConfig
 from pipelines.demo.scenes import draw_scenes
+from pipelines.export import export_heads
 from pipelines.mask_files import palette
 from pipelines.predict import predict
 from pipelines.support_files import read_support_files
@@ -112,6 +115,19 @@ def test_saved_classes_stand_in_for_their_photos(config, tmp_path):
     predict(config.model_copy(update=again))
     for path in (config.out / "masks").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / "masks" / path.name).read_bytes()
+
+
+def test_classes_of_another_backbone_are_told_before_any_weights_are_asked_for(config, tmp_path):
+    kept = tmp_path / "classes.safetensors"
+    predict(config.model_copy(update={"save_prototypes": kept}))
+    saved = load_supports(kept)
+    other = dataclasses.replace(saved, made_by={**saved.made_by, "backbone": "vit_tiny", "checkpoint": "paper@9"})
+    save_supports(kept, other)
+    told = r"holds features of vit_tiny at 128 px, but --checkpoint .* takes those of vit_demo.*saved with, paper@9"
+    with pytest.raises(InputError, match=told):
+        predict(config.model_copy(update={"prototypes": (kept,), "weights": tmp_path / "none"}))
+    with pytest.raises(InputError, match=told):
+        export_heads("demo", tmp_path / "heads.onnx", prototypes=[kept])
 
 
 def test_nearest_takes_the_supports_most_like_each_photo(config, scenes):
@@ -229,6 +245,8 @@ def test_support_files_that_cannot_be_used_are_named(scenes, tmp_path):
         read_support_files(tmp_path / "none.json")
     with pytest.raises(InputError, match="Pass the photos' folder as --support-images"):
         read_support_files(support)
+    with pytest.raises(InputError, match=r"^\S*support\.json names '"):
+        read_support_files(support, None, tmp_path)
     with pytest.raises(InputError, match="--classes cow: "):
         read_support_files(support, ["cow"], scenes / "val2017")
     (tmp_path / "x.json").write_text("{}")
