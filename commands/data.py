@@ -134,15 +134,13 @@ def pull(uri: UriArgument, workspace: WorkspaceOption = WORKSPACE, store: StoreO
     """Copy a finished feature store from object storage into the workspace, every shard checked."""
     with mistakes(goes_on=True):
         from pipelines.remote import RemoteStores
-        from pipelines.workspace import Workspace
+        from pipelines.workspace import Workspace, locked
 
-        with progress_bar() as bar:
+        features, remote = Workspace(workspace).features, RemoteStores(uri)
+        key = store or remote._only_key()
+        with locked(features / key, wait=False), progress_bar() as bar:
             task = bar.add_task("files", total=None)
-            path = RemoteStores(uri).pull(
-                Workspace(workspace).features,
-                store,
-                lambda done, total: bar.update(task, completed=done, total=total),
-            )
+            path = remote.pull(features, key, lambda done, total: bar.update(task, completed=done, total=total))
         console.print(f"store: {path}", highlight=False, soft_wrap=True)
 
 

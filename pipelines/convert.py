@@ -10,7 +10,7 @@ from la.coco import Image
 from la.errors import InputError
 from pipelines.shards import ShardNote, StoreSettings, open_shard, write_shard
 from pipelines.store import FeatureStore, StoreInfo, read_info, write_info
-from pipelines.workspace import Workspace, write_whole
+from pipelines.workspace import Workspace, locked, write_whole
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ def convert(
     """Make the store of the same features in `dtype`; `on_shard` gets (shards done, of all).
 
     Equal, bit for bit, to what `featurize --dtype` makes. A run that was stopped goes on where it was. Raises
-    InputError for a store that is missing, ambiguous or damaged, and for a dtype that it cannot be turned into.
+    InputError for a store that is missing, ambiguous or damaged, for a dtype that it cannot be turned into, and where
+    another process writes the new store.
     """
     source = FeatureStore(plain_store(Workspace(workspace), store))
     if (source.info.dtype, dtype) != ("float16", "int8"):
@@ -40,20 +41,21 @@ def convert(
     path = source.path.parent / settings.key
     if (path / "store.json").exists():
         return ConvertReport(path, 0, len(read_info(path).shards), _bytes(path) / _bytes(source.path))
-    checksums, made = {}, 0
-    for done, file in enumerate(sorted(source.info.shards), start=1):
-        if (path / file).exists():
-            checksums[file] = open_shard(path / file, settings.key)[1].features_sha256
-        else:
-            checksums[file] = _convert_shard(source, file, settings, path / file).features_sha256
-            made += 1
-        if on_shard:
-            on_shard(done, len(source.info.shards))
-    for name in ("index.parquet", *(f"annotations-{split}.parquet" for split in source.info.splits)):
-        content = (source.path / name).read_bytes()
-        write_whole(path / name, lambda temporary, content=content: temporary.write_bytes(content))
-    info = source.info.model_copy(update={"key": settings.key, "settings": settings, "shards": checksums})
-    write_info(path, StoreInfo.model_validate(info.model_dump()))
+    with locked(path, wait=False):
+        checksums, made = {}, 0
+        for done, file in enumerate(sorted(source.info.shards), start=1):
+            if (path / file).exists():
+                checksums[file] = open_shard(path / file, settings.key)[1].features_sha256
+            else:
+                checksums[file] = _convert_shard(source, file, settings, path / file).features_sha256
+                made += 1
+            if on_shard:
+                on_shard(done, len(source.info.shards))
+        for name in ("index.parquet", *(f"annotations-{split}.parquet" for split in source.info.splits)):
+            content = (source.path / name).read_bytes()
+            write_whole(path / name, lambda temporary, content=content: temporary.write_bytes(content))
+        info = source.info.model_copy(update={"key": settings.key, "settings": settings, "shards": checksums})
+        write_info(path, StoreInfo.model_validate(info.model_dump()))
     return ConvertReport(path, made, len(checksums) - made, _bytes(path) / _bytes(source.path))
 
 

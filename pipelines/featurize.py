@@ -24,7 +24,7 @@ from pipelines.remote import RemoteStores
 from pipelines.shard_maker import Shard, ShardMaker
 from pipelines.shards import ShardNote, StoreSettings, open_shard, shard_file
 from pipelines.store import SplitInfo, StoreInfo, finish_store, read_info
-from pipelines.workspace import Workspace
+from pipelines.workspace import Workspace, locked
 
 SPLITS = ("train", "val")
 
@@ -60,8 +60,8 @@ def store_settings(config: FeaturizeConfig, splits: dict[str, tuple[Path, Path]]
 def featurize(config: FeaturizeConfig, console: Console | None = None) -> FeaturizeReport:
     """Make the feature store of a COCO folder, or what is missing of it.
 
-    Raises InputError for a folder, split, photo, backbone, image size or weights that cannot be used, and for shards
-    in the way that were made with other settings.
+    Raises InputError for a folder, split, photo, backbone, image size or weights that cannot be used, for shards in the
+    way that were made with other settings, and where another process writes the store.
     """
     config = config.model_copy(
         update={
@@ -73,14 +73,32 @@ def featurize(config: FeaturizeConfig, console: Console | None = None) -> Featur
     splits = find_splits(config.coco_dir, {"train": config.train_split, "val": config.val_split})
     settings = store_settings(config, splits)
     store = Workspace(config.workspace).features / settings.key
+    if not config.features and (store / "store.json").exists():
+        return _finished(store)  # only read, whoever holds it
+    with locked(store, wait=False):
+        return _make_store(store, config, settings, splits, console or Console(stderr=True))
+
+
+def _finished(store: Path) -> FeaturizeReport:
+    info = read_info(store)
+    return FeaturizeReport(store, 0, sum(split.images for split in info.splits.values()), info.skipped, 0.0)
+
+
+def _make_store(
+    store: Path,
+    config: FeaturizeConfig,
+    settings: StoreSettings,
+    splits: dict[str, tuple[Path, Path]],
+    console: Console,
+) -> FeaturizeReport:
+    """Make what is missing of `store`, which this process holds."""
     remote = RemoteStores(config.features) if config.features else None
     if remote:
         remote.pull_unfinished(store)
     if (store / "store.json").exists():
-        info = read_info(store)
         if remote:
             remote.push(store)
-        return FeaturizeReport(store, 0, sum(split.images for split in info.splits.values()), info.skipped, 0.0)
+        return _finished(store)
 
     datasets = {split: load_coco(*splits[split], split) for split in SPLITS}
     shared = datasets["train"].images.keys() & datasets["val"].images.keys()
@@ -92,7 +110,7 @@ def featurize(config: FeaturizeConfig, console: Console | None = None) -> Featur
     shards = plan_shards(store, datasets, {split: splits[split][1] for split in SPLITS}, config.shard_size)
     notes = {shard.file: _existing(shard, settings.key, config.skip_bad) for shard in shards if shard.file.exists()}
     already = sum(note.rows for note in notes.values())
-    seconds = _make_missing(config, settings, shards, notes, console or Console(stderr=True), remote)
+    seconds = _make_missing(config, settings, shards, notes, console, remote)
     info = _describe(config, settings, splits, datasets, notes, store)
     kept = {split: without(datasets[split], info.splits[split].skipped) for split in SPLITS}
     finish_store(store, info, kept)
@@ -122,8 +140,8 @@ def _existing(shard: Shard, key: str, skip_bad: bool) -> ShardNote:
     store = shard.file.parent.parent
     if note.image_ids != [image.id for image in shard.images]:
         raise InputError(
-            f"{shard.file} holds {len(note.image_ids)} photos that are not the {len(shard.images)} planned: an earlier "
-            f"run used another --shard-size. Use that again, or remove {store}."
+            f"{shard.file} holds {len(note.image_ids)} photos that are not the {len(shard.images)} planned: another "
+            f"version made it, or Python code with another shard_size. Use that again, or remove {store}."
         )
     if note.skipped and not skip_bad:
         raise InputError(

@@ -119,9 +119,9 @@ def finish_store(path: Path, info: StoreInfo, datasets: dict[str, Dataset]) -> N
 
 
 def write_info(path: Path, info: StoreInfo) -> None:
-    """Write store.json, which makes the store complete: everything else must be in place."""
+    """Write store.json, which makes the store complete: everything else must be in place, and the store locked."""
     content = info.model_dump_json(indent=2)
-    for leftover in path.glob("*/.part-*.tmp"):  # of a run that was killed
+    for leftover in path.glob("*/.part-*.tmp"):  # of a run that was killed: a live one holds the lock
         leftover.unlink(missing_ok=True)
     write_whole(path / "store.json", lambda temporary: temporary.write_text(content + "\n"))
 

@@ -1,6 +1,7 @@
 """Whether a feature store is what it says of itself, and making anew what is not."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from pipelines.places import place
 from pipelines.shard_maker import Shard
 from pipelines.shards import FEATURES, MappedShard, ShardNote, open_shard, parse_shard_file, shard_file
 from pipelines.store import FeatureStore, finish_store, read_index
-from pipelines.workspace import Workspace
+from pipelines.workspace import Workspace, locked
 
 # Share of a photo's features (as norms) that they may be off: other batches, threads and devices round otherwise, by
 # up to a percent in bfloat16; those of another photo are off by about as much as they are large.
@@ -45,14 +46,15 @@ def verify(config: VerifyConfig, on_progress: OnProgress = lambda *_: None) -> V
     """Check every file of a store and recompute a sample; with `repair`, make the bad files again and check anew.
 
     Raises InputError for a store without a usable store.json, and where a repair lacks photos, weights or the settings
-    that the store was made with.
+    that the store was made with, or another process writes the store.
     """
     store = FeatureStore(Workspace(config.workspace).find_store(config.store))
-    report = _check(store, config, on_progress)
-    if not (config.repair and report.bad):
-        return report
-    repaired = _repair(store, report.bad, config, on_progress)
-    return replace(_check(FeatureStore(store.path), config, on_progress), repaired=repaired)
+    with locked(store.path, wait=False) if config.repair else nullcontext():
+        report = _check(store, config, on_progress)
+        if not (config.repair and report.bad):
+            return report
+        repaired = _repair(store, report.bad, config, on_progress)
+        return replace(_check(FeatureStore(store.path), config, on_progress), repaired=repaired)
 
 
 def _check(store: FeatureStore, config: VerifyConfig, on_progress: OnProgress) -> VerifyReport:

@@ -89,15 +89,21 @@ def temporary_beside(path: Path) -> Path:
 def locked(folder: Path, wait: bool) -> Iterator[None]:
     """Hold `folder` for this process; the system lets go of it when the process dies, however it dies.
 
-    Where another process holds it: waits for it, or raises InputError.
+    Where another process holds it: waits for it, or raises InputError; so too where the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise InputError(
+                f"{folder} is in use: a command that writes there is already running. Wait for it, or change a setting."
+            ) from error
         except OSError as error:
             raise InputError(
-                f"{folder} is in use: the same command is already running. Wait for it, or change a setting."
+                f"{folder} cannot be locked ({error.strerror}): expected a file system with locks, which keep two "
+                "commands from writing there at once. Put the workspace, or what --out names, on another file system, "
+                "or mount this one with locks."
             ) from error
         yield
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import cli
@@ -176,6 +177,16 @@ def test_the_readme_names_only_verbs_and_options_that_exist():
 def test_the_readme_tells_of_every_verb():
     table = set(re.findall(r"^\| `([a-z -]+)`", (ROOT / "README.md").read_text(), re.MULTILINE))
     assert set(verbs()) <= table
+
+
+def test_troubleshooting_names_only_options_that_exist():
+    known = {"--head"}  # of ray start
+    commands = [typer.main.get_command(cli.app)]
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+        known |= {option for parameter in command.params for option in parameter.opts}
+    named = re.findall(r"--[a-z][a-z-]+", (ROOT / "docs" / "troubleshooting.md").read_text())
+    assert set(named) <= known
 
 
 def test_troubleshooting_quotes_messages_as_they_are():

@@ -18,6 +18,7 @@ from la.errors import InputError
 from pipelines.config import FeaturizeConfig
 from pipelines.featurize import featurize, plan_shards
 from pipelines.store import FeatureStore
+from pipelines.workspace import locked
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -168,8 +169,24 @@ def test_splits_must_not_share_image_ids(config):
 def test_shards_of_another_shard_size_are_not_mixed_in(config):
     report = featurize(config)
     (report.store / "store.json").unlink()
-    with pytest.raises(InputError, match="--shard-size"):
+    with pytest.raises(InputError, match="another shard_size"):
         featurize(changed(config, shard_size=7))
+
+
+def test_a_second_run_is_refused_and_leaves_the_first_its_files(config, monkeypatch):
+    make = pipelines.featurize.make_shards
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(pipelines.featurize, "make_shards", make)
+        with pytest.raises(InputError, match=r"is in use: .* is already running"):
+            featurize(config)
+        yield from make(*arguments)
+
+    monkeypatch.setattr(pipelines.featurize, "make_shards", meanwhile)
+    report = featurize(config)
+    assert (report.made, report.already) == (26, 0)
+    with locked(report.store, wait=False):
+        assert featurize(config).already == 26, "a finished store is only read"
 
 
 def test_a_shard_of_another_store_is_refused(config):

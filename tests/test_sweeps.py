@@ -1,3 +1,4 @@
+import errno
 import gc
 import json
 import os
@@ -98,6 +99,17 @@ def test_a_sweep_has_one_driver(tmp_path):
     with locked(tmp_path, wait=False), pytest.raises(InputError, match="already running"), locked(tmp_path, wait=False):
         pass
     with locked(tmp_path, wait=False):
+        pass
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_file_system_without_locks_is_told_as_such(tmp_path, monkeypatch, wait):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    told = pytest.raises(InputError, match=r"cannot be locked \(No locks available\).* another file system")
+    with told, locked(tmp_path, wait):
         pass
 
 

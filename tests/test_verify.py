@@ -12,6 +12,7 @@ from pipelines.config import FeaturizeConfig, VerifyConfig
 from pipelines.featurize import featurize
 from pipelines.store import FeatureStore
 from pipelines.verify import verify
+from pipelines.workspace import locked
 from tests.conftest import TINY
 
 SHARD = "train/part-00001.parquet"
@@ -159,3 +160,19 @@ def test_the_verb_exits_with_1_until_it_is_repaired(config, tiny_weights):
     assert "1 bad files" in " ".join(told.output.split())
     assert CliRunner().invoke(cli.app, [*arguments, "--repair"]).exit_code == 0
     assert CliRunner().invoke(cli.app, arguments).exit_code == 0
+
+
+def test_verbs_that_write_a_store_are_refused_while_another_does(config, tiny_weights):
+    store = store_of(config)
+    features, workspace = store.path.parent, ["--workspace", str(config.workspace)]
+    int8 = features / store.info.settings.model_copy(update={"dtype": "int8"}).key
+    repair = ["verify", *workspace, "--weights", str(tiny_weights), "--threads", "1", "--store", store.key]
+    pull = ["pull", features.as_uri(), *workspace, "--store", store.key]
+    with locked(store.path, wait=False), locked(int8, wait=False):
+        assert CliRunner().invoke(cli.app, repair).exit_code == 0, "it only reads"
+        for arguments in ([*repair, "--repair"], ["convert", *workspace], pull):
+            refused = CliRunner().invoke(cli.app, arguments)
+            assert refused.exit_code == 2
+            assert "is in use" in refused.output
+    for arguments in ([*repair, "--repair"], ["convert", *workspace], pull):
+        assert CliRunner().invoke(cli.app, arguments).exit_code == 0

@@ -43,8 +43,8 @@ def config(tiny_coco: Path, tiny_weights: Path, tmp_path: Path) -> FeaturizeConf
 
 
 def same(one: Path, other: Path) -> bool:
-    files = sorted(p.relative_to(one) for p in one.rglob("*.*"))
-    return files == sorted(p.relative_to(other) for p in other.rglob("*.*")) and all(
+    files = sorted(p.relative_to(one) for p in one.rglob("[!.]*.*"))
+    return files == sorted(p.relative_to(other) for p in other.rglob("[!.]*.*")) and all(
         (one / f).read_bytes() == (other / f).read_bytes() for f in files
     )
 
@@ -74,7 +74,7 @@ def otherwise_rounded(*arguments) -> np.ndarray:
 def test_a_store_comes_back_as_it_was_pushed(config, uri, tmp_path, kind):
     uri = uri if kind == "s3" else (tmp_path / "shared").as_uri()
     store = featurize(config).store
-    assert RemoteStores(uri).push(store) == len(list(store.rglob("*.*")))
+    assert RemoteStores(uri).push(store) == len(list(store.rglob("[!.]*.*")))
     assert RemoteStores(uri).push(store) == 0
     pulled = RemoteStores(uri).pull(tmp_path / "other" / "features")
     assert same(store, pulled)
