@@ -133,6 +133,7 @@ def test_mistakes_are_one_message_and_exit_code_2(mistake, tmp_path):
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
+    assert not (tmp_path / "empty" / "runs").exists(), "nothing was begun"
 
 
 @pytest.mark.parametrize(

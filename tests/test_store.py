@@ -161,7 +161,7 @@ def test_another_process_reads_the_same(store, features, tmp_path):
 def test_the_workspace_finds_it(store, tmp_path):
     assert Workspace(tmp_path).find_store() == store.path
     (store.path / "store.json").unlink()
-    with pytest.raises(InputError, match=rf"not finished, {store.key}\. Run the same"):
+    with pytest.raises(InputError, match=rf"not finished, {store.path.name}\. Run the same"):
         Workspace(tmp_path).find_store()
     with pytest.raises(InputError, match="holds no features"):
         Workspace(tmp_path / "empty").find_store()
