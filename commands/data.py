@@ -137,7 +137,7 @@ def pull(uri: UriArgument, workspace: WorkspaceOption = WORKSPACE, store: StoreO
         from pipelines.workspace import Workspace, locked
 
         features, remote = Workspace(workspace).features, RemoteStores(uri)
-        key = store or remote._only_key()
+        key = store or remote.only_key()
         with locked(features / key, wait=False), progress_bar() as bar:
             task = bar.add_task("files", total=None)
             path = remote.pull(features, key, lambda done, total: bar.update(task, completed=done, total=total))

@@ -79,7 +79,7 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote()
-        gpu = _takes_gpus(config.device)
+        gpu = _takes_gpus(config.device, alone)
         each = {"CPU": config.threads or 1} | ({"GPU": 1} if gpu else {})
         wait_for(f"--workers {config.workers}", config.workers, each, alone, told.came)
         if told.came():
@@ -115,15 +115,13 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
         return told.signum
 
 
-def _takes_gpus(device: str) -> bool:
-    """Whether each worker takes a GPU: the cluster's count, of which the driver's machine may have none."""
+def _takes_gpus(device: str, alone: bool) -> bool:
+    """Whether each worker takes a GPU. On a cluster, what its nodes have counts, and not the driver's machine."""
     import ray
 
-    if device.startswith("cuda"):
-        return True
-    if device != "auto":
-        pick_device(device)
-    return device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
+    if alone or not device.startswith(("auto", "cuda")):
+        return pick_device(device).type == "cuda"
+    return device != "auto" or ray.cluster_resources().get("GPU", 0) > 0
 
 
 def _pump(

@@ -57,7 +57,7 @@ class RemoteStores:
         Shards that are here already stay where they are the store's. Raises InputError where there is no store, or
         several and none was named.
         """
-        key = key or self._only_key()
+        key = key or self.only_key()
         info = self._info(key)
         if not _equal(info, lambda: read_info(features / key)):  # no finished store while its files are replaced
             (features / key / "store.json").unlink(missing_ok=True)
@@ -91,7 +91,8 @@ class RemoteStores:
             raise InputError(f"{self.uri}: the store {key} calls itself {info.key}. Push it again.")
         return info
 
-    def _only_key(self) -> str:
+    def only_key(self) -> str:
+        """The key of the only finished store there. Raises InputError where there is none, or several."""
         keys = sorted({name.split("/")[0] for name in self._sizes("") if name.endswith("/store.json")})
         if len(keys) != 1:
             raise InputError(f"{self.uri} holds {', '.join(keys) or 'no finished store'}; name one with --store.")

@@ -181,7 +181,9 @@ def test_slurm_asks_for_notice_and_for_requeue():
     assert "--ntasks-per-node=1" in asked
 
 
-@pytest.mark.parametrize(("codes", "code", "starts"), [((1, 137, 0), 0, 3), ((2,), 2, 1), ((1, 1, 1, 1), 1, 3)])
+@pytest.mark.parametrize(
+    ("codes", "code", "starts"), [((1, 137, 0), 0, 3), ((2,), 2, 1), ((130,), 130, 1), ((1, 1, 1, 1), 1, 3)]
+)
 def test_again_starts_what_died_but_not_what_is_wrong(tmp_path, codes, code, starts):
     count = tmp_path / "count"
     script = f"n=$(cat {count} 2>/dev/null || echo 0); echo $((n + 1)) > {count}; codes=({' '.join(map(str, codes))})"

@@ -1,6 +1,7 @@
 """Training on Ray Train workers, as the command line starts it."""
 
 import pytest
+import torch
 
 from la.errors import InputError
 from pipelines.bench_training import bench_training
@@ -46,11 +47,12 @@ def test_two_ray_workers_train_report_and_finish(workspace):
 
 def test_workers_take_gpus_where_the_cluster_has_them_whatever_this_machine_has(monkeypatch):
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
-    assert _takes_gpus("auto")
-    assert _takes_gpus("cuda")
-    assert not _takes_gpus("cpu")
+    assert _takes_gpus("auto", alone=False)
+    assert not _takes_gpus("cpu", alone=False)
+    assert _takes_gpus("auto", alone=True) == torch.cuda.is_available()
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
-    assert not _takes_gpus("auto")
+    assert not _takes_gpus("auto", alone=False)
+    assert _takes_gpus("cuda", alone=False), "its nodes are waited for"
 
 
 def test_nodes_of_a_cluster_are_waited_for_and_this_machine_alone_has_what_it_has(monkeypatch, capsys):
