@@ -102,8 +102,8 @@ def train(
 ) -> None:
     """Train LA on the 60 seen classes of a fold. Killed and started again, it goes on from the last checkpoint.
 
-    On SIGTERM or SIGUSR1 (Slurm, spot instances) it writes one after the step under way and ends with exit code 143 or
-    138; of the workers, send it to this process.
+    On Ctrl-C, SIGTERM or SIGUSR1 (Slurm, spot instances) it writes one after the step under way and ends with exit code
+    130, 143 or 138; of the workers, send it to this process.
     """
     with mistakes(goes_on=True):
         from pipelines.config import TrainConfig, default_recipe

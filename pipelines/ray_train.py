@@ -164,12 +164,12 @@ def _worker(settings: dict) -> None:
         kept = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
         return ray.train.torch.prepare_model(model, parallel_strategy_kwargs=kept)
 
-    def any_rank(flag: bool) -> bool:
+    def of_first(value: int) -> int:
         if flags is None:
-            return flag
-        shared = torch.tensor([int(flag)])
+            return value
+        shared = torch.tensor([int(value)])
         dist.broadcast(shared, src=0, group=flags)
-        return bool(shared.item())
+        return int(shared.item())
 
     def ask(told: Callable[[], bool]) -> Callable[[], bool]:
         if flags is None:
@@ -183,7 +183,7 @@ def _worker(settings: dict) -> None:
 
         return answer
 
-    if not any_rank(rank == 0 and ray.get(desk.begin.remote(_mark(run_dir_of(config))))):
+    if not of_first(rank == 0 and ray.get(desk.begin.remote(_mark(run_dir_of(config))))):
         return
     stop, ended = threading.Event(), threading.Event()
 
@@ -198,7 +198,7 @@ def _worker(settings: dict) -> None:
         with full_disk_told(run_dir_of(config)):
             train_loop(
                 config.model_copy(update={"device": str(device)}),
-                Worker(rank, world, wrap, any_rank, stop.is_set, ask),
+                Worker(rank, world, wrap, of_first, stop.is_set, ask),
                 desk.report.remote,
             )
     except Exception as error:

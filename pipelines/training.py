@@ -51,7 +51,7 @@ class Worker:
     rank: int = 0
     world: int = 1
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model
-    any: Callable[[bool], bool] = lambda flag: flag  # whether the flag is set on rank 0
+    of_first: Callable[[int], int] = lambda value: value  # the value that rank 0 has
     told: Callable[[], bool] = lambda: False  # whether rank 0 has notice to stop
     # the same for all ranks: asked when a step begins, so that the answer travels meanwhile, and taken when it ends
     ask: Callable[[Callable[[], bool]], Callable[[], bool]] = lambda told: told
@@ -71,8 +71,8 @@ def train(config: TrainConfig, on_report: Report | None = None) -> TrainResult:
     """Train a model, or go on with it; returns at once where the run is finished.
 
     `on_report` gets step, loss, lr, episodes_per_s, seconds and now and then seen_miou. Raises InputError for an empty
-    workspace, a fold outside 0-3, too few images for the batches and a full disk. SIGTERM, SIGUSR1
-    and Ctrl-C to this process end the run after the step under way with a checkpoint, and raise Stopped.
+    workspace, a fold outside 0-3, too few images for the batches and a full disk. SIGTERM, SIGUSR1 and Ctrl-C to this
+    process end the run after the step under way with a checkpoint, and raise Stopped.
     """
     store = FeatureStore(Workspace(config.workspace).find_store(config.store))
     model_config(config, store.info.channels)  # mistakes are told before a folder is made
@@ -211,6 +211,8 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
         torch.set_rng_state(saved.get("rng", torch.get_rng_state()))  # older checkpoints have fewer parts
         at |= saved["at"]
         best = saved.get("best")
+    if (first := worker.of_first(at["step"])) != at["step"]:  # shared storage may show nodes older files for a while
+        raise RuntimeError(f"{run_dir}: rank 0 goes on from step {first}, rank {worker.rank} from {at['step']}")
     at["starts"].append(at["step"])
     model = worker.wrap(torch.compile(plain) if config.compile else plain)
 
@@ -249,7 +251,7 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
         done = at["step"] == config.steps
         saving = done or at["step"] % config.checkpoint_every == 0
         if (saving or pending) and config.minutes is not None:
-            done = worker.any(done or at["seconds"] > 60 * config.minutes)
+            done = bool(worker.of_first(done or at["seconds"] > 60 * config.minutes))
         validating = done or pending or at["step"] % config.val_every == 0
         pending = False
         if worker.rank == 0 and (validating or at["step"] % REPORT_EVERY == 0):
@@ -274,7 +276,7 @@ def train_loop(config: TrainConfig, worker: Worker, on_report: Report) -> None:
                 pending = True
         stopping = has_notice()
         if validating:  # which takes long, and which notice cuts short on rank 0
-            stopping = worker.any(stopping or worker.told())
+            stopping = bool(worker.of_first(stopping or worker.told()))
         if worker.rank == 0 and (saving or stopping):
             write_text(run_dir / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in at["curve"]))
             at |= {"losses": [loss.item() for loss in losses], "pending": pending}

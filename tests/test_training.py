@@ -175,6 +175,12 @@ def test_a_run_does_not_go_on_with_the_features_of_another_store(workspace):
         train(config)
 
 
+def test_ranks_that_see_different_checkpoints_do_not_train_together(workspace):
+    config = settings(workspace, seed=22)
+    with pytest.raises(RuntimeError, match="rank 0 goes on from step 10, rank 1 from 0"):
+        train_loop(config, Worker(rank=1, of_first=lambda _: 10), lambda _: None)
+
+
 def test_all_ranks_have_one_shape_in_a_step_and_share_no_episode(workspace):
     config = settings(workspace, train_batches=40)
     store = FeatureStore(next((workspace / "features").iterdir()))

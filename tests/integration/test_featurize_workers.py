@@ -55,7 +55,7 @@ def test_a_shard_is_told_once_and_one_that_is_repaired_is_made(monkeypatch, tmp_
     passes = iter([[(0, "note of good"), (0, "note of good")], [(1, "note of bad")]])
     monkeypatch.setattr("pipelines.ray_shards._one_pass", lambda *_: iter(next(passes)))
     monkeypatch.setattr("pipelines.ray_shards.ray_session", nullcontext)
-    made = list(make_with_ray(None, None, [good, bad], lambda *_: None))
+    made = list(make_with_ray(SimpleNamespace(device="cpu"), None, [good, bad], lambda *_: None))
     assert made == [(good, "note of good"), (bad, "note of bad")]
 
 

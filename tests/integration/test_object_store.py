@@ -129,7 +129,7 @@ def test_a_pulled_store_takes_the_place_of_a_finished_one(config, tmp_path, monk
 
 def test_a_push_takes_the_place_of_another_run_and_goes_on_where_it_was_killed(config, uri, tmp_path, monkeypatch):
     store = featurize(config).store
-    files = len(list(store.rglob("*.*")))
+    files = len(list(store.rglob("[!.]*.*")))
     other = config.model_copy(update={"workspace": tmp_path / "other", "features": uri})
     with monkeypatch.context() as patch:
         patch.setattr("pipelines.shard_maker.encode", otherwise_rounded)
