@@ -86,13 +86,13 @@ def train(config: TrainConfig, on_report: Report | None = None) -> TrainResult:
 
 
 def _train_in(run_dir: Path, config: TrainConfig, store: FeatureStore, on_report: Report | None) -> None:
-    _same_store(run_dir, store.key)
     mend(run_dir)
+    _same_store(run_dir, store.key)
     if not (run_dir / "result.json").exists():
         for plan, each in training_plans(config, store):
             ensure_episodes(plan, each)
         ensure_episodes(validation_plan(config), store)
-        write_text(run_dir / "config.json", config.model_copy(update={"store": store.key}).model_dump_json(indent=1))
+        write_text(run_dir / "config.json", config.model_dump_json(indent=1))
         if config.workers:
             from pipelines.ray_train import fit
 
@@ -107,13 +107,11 @@ def _train_in(run_dir: Path, config: TrainConfig, store: FeatureStore, on_report
 
 def _same_store(run_dir: Path, key: str) -> None:
     """Without --store, the only store of a workspace is another one once that of before was removed."""
-    if not (run_dir / "config.json").exists():
-        return
-    before = json.loads((run_dir / "config.json").read_text())["store"]
-    if before not in (None, key):
+    saved = load_last(run_dir)
+    if saved and saved["store"] != key:
         raise InputError(
-            f"{run_dir} was trained on the store {before}, and the workspace has {key} now. Pass --store {key} for a "
-            f"run of its own, or remove {run_dir}."
+            f"{run_dir} was trained on the store {saved['store']}, and the workspace has {key} now. Pass --store {key} "
+            f"for a run of its own, or remove {run_dir}."
         )
 
 
