@@ -97,16 +97,21 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
                 failure_config=FailureConfig(max_failures=-1),  # the desk decides
             ),
         )
-        ended, refused = threading.Event(), []
-        pump = threading.Thread(target=_pump, args=(desk, on_report or (lambda _: None), told, ended, refused))
-        pump.start()
-        try:
-            trainer.fit()
-        finally:
-            ended.set()
-            pump.join()
-        if refused:
-            raise refused[0]
+        ended, failures = threading.Event(), []
+
+        def run() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:
+                failures.append(error)
+            finally:
+                ended.set()
+
+        # in a thread of its own: in the main one, Ray answers Ctrl-C by ending the workers without a checkpoint
+        threading.Thread(target=run, daemon=True).start()
+        refused = _pump(desk, on_report or (lambda _: None), told, ended)
+        if failures or refused:
+            raise (failures or refused)[0]
         verdict = ray.get(desk.verdict.remote())
         if verdict and verdict[1]:
             raise InputError(verdict[0])
@@ -124,12 +129,11 @@ def _takes_gpus(device: str, alone: bool) -> bool:
     return device != "auto" or ray.cluster_resources().get("GPU", 0) > 0
 
 
-def _pump(
-    desk, on_report: Callable[[dict], None], told: Notice, ended: threading.Event, refused: list[Exception]
-) -> None:
+def _pump(desk, on_report: Callable[[dict], None], told: Notice, ended: threading.Event) -> list[Exception]:
+    """Hand reports on and notice down until training ended; returns what `on_report` raised."""
     import ray
 
-    last = False
+    last, refused = False, []
     while not last:
         last = ended.wait(POLL_SECONDS)
         if told.came() or refused:
@@ -140,6 +144,7 @@ def _pump(
                     on_report(report)
             except Exception as error:
                 refused.append(error)
+    return refused
 
 
 def _worker(settings: dict) -> None:

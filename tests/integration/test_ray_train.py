@@ -1,16 +1,20 @@
 """Training on Ray Train workers, as the command line starts it."""
 
+import signal
+
 import pytest
 import torch
 
 from la.errors import InputError
 from pipelines.bench_training import bench_training
+from pipelines.checkpoints import load
 from pipelines.cluster import ray_session, wait_for
 from pipelines.config import FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.featurize import featurize
+from pipelines.notice import Stopped
 from pipelines.ray_train import _takes_gpus
-from pipelines.training import train
+from pipelines.training import run_dir_of, train
 from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS
 
 
@@ -43,6 +47,20 @@ def test_two_ray_workers_train_report_and_finish(workspace):
     assert result.step == 12
     assert [r["step"] for r in reports] == [6, 10, 12], "one report a step, of rank 0"
     assert result.checkpoint.exists()
+
+
+def test_ctrl_c_ends_workers_with_a_checkpoint_of_the_step_under_way(workspace):
+    settings = {"workers": 1, "steps": 400, "batches": ((2, 1, 1),), "train_batches": 12, "threads": 1}
+    config = TrainConfig(workspace=workspace, preset="debug", val_every=1000, checkpoint_every=1000, **settings)
+
+    def ctrl_c(report):
+        if report["step"] == 10:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Stopped, match="SIGINT") as stopped:
+        train(config, ctrl_c)
+    assert stopped.value.exit_code == 130
+    assert 10 <= load(run_dir_of(config) / "last.pt")["step"] < 400
 
 
 def test_workers_take_gpus_where_the_cluster_has_them_whatever_this_machine_has(monkeypatch):
