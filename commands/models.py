@@ -245,6 +245,7 @@ def evaluate(
             from pipelines.workspace import Workspace
 
             latest = latest_run(config, FeatureStore(Workspace(config.workspace).find_store(store)))
+            config = config.model_copy(update={"checkpoint": latest})  # for the record too: others may be finished soon
             console.print(f"checkpoint: {latest}, the fold's last", highlight=False, soft_wrap=True)
         with progress_bar("now") as bar:
             task = bar.add_task(f"fold {fold} {method}", total=None, now="loading the model")

@@ -56,19 +56,19 @@ class Predictor:
     @classmethod
     def from_checkpoint(
         cls,
-        source: Path | str,
+        source: Path | str | Checkpoint,
         device: str = "auto",
         weights: Path | None = None,
         backbone: str | None = None,
         image_size: int | None = None,
     ) -> Self:
-        """From a run's folder, a checkpoint file, or "demo", which comes with the product.
+        """From a run's folder, a checkpoint file, "demo", which comes with the product, or a checkpoint that was read.
 
         `weights` is the backbone's file, where it is not had from the hub; `backbone` and `image_size` are for
         checkpoints that do not say them. Raises InputError as `read_checkpoint` and `backbone_of` do.
         """
         place = pick_device(device)
-        checkpoint = read_checkpoint(source)
+        checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
         return cls(checkpoint, backbone_of(checkpoint, weights, place, backbone, image_size), place)
 
     @property

@@ -71,21 +71,21 @@ def check(path: Path) -> None:
         raise DamagedCheckpoint(f"{path} is damaged: {bad} in it does not have its checksum.")
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict:
-    """A whole checkpoint. Raises as `check` does."""
+def load(path: Path) -> dict:
+    """A whole checkpoint, on the CPU. Raises as `check` does."""
     check(path)
-    return _read(path, device)
+    return _read(path)
 
 
 def load_last(run_dir: Path) -> dict | None:
     """The newest whole checkpoint of a run, see `find_last`."""
     last = find_last(run_dir)
-    return _read(last, "cpu") if last else None
+    return _read(last) if last else None
 
 
-def _read(path: Path, device: torch.device | str) -> dict:
+def _read(path: Path) -> dict:
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, "cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:

@@ -116,7 +116,18 @@ def training_plan_of_another(config: TrainConfig, store: FeatureStore, other: Fe
 def _pool(
     store: FeatureStore, split: str, fold: int, classes: str, lists: FoldLists, min_area: int, without: tuple[str, ...]
 ) -> Pool:
-    dataset = store.dataset(split)
+    return pool_on(store.dataset(split), fold, classes, lists, min_area, without)
+
+
+def pool_on(
+    dataset: Dataset,
+    fold: int,
+    classes: str,
+    lists: FoldLists,
+    min_area: int = MIN_AREA,
+    without: tuple[str, ...] = (),
+) -> Pool:
+    """The photos of a data set and the classes of a fold, "seen", "unseen" or "all"."""
     seen, unseen = fold_classes(dataset.categories, fold, lists)
     chosen = {"seen": seen, "unseen": unseen, "all": [*seen, *unseen]}[classes]
     return Pool(dataset, [c for c in chosen if dataset.categories[c] not in without], min_area)

@@ -60,10 +60,9 @@ def predict(config: PredictConfig, on_progress: Callable[[int, int, float], None
     if config.support_selection == "nearest" and config.shots is None:
         raise InputError("--support-selection nearest needs --shots K: how many supports of each class to take.")
     photos = find_photos(config.images)
-    saved = saved_classes(config.prototypes, read_checkpoint(config.checkpoint))
-    predictor = Predictor.from_checkpoint(
-        config.checkpoint, config.device, config.weights, config.backbone, config.image_size
-    )
+    checkpoint = read_checkpoint(config.checkpoint)
+    saved = saved_classes(config.prototypes, checkpoint)
+    predictor = Predictor.from_checkpoint(checkpoint, config.device, config.weights, config.backbone, config.image_size)
     supports, category_ids = _supports(config, predictor, saved)
     learned_of = _chooser(config, predictor, supports)
     with locked(config.out, wait=False):

@@ -20,11 +20,10 @@ from torch import nn
 
 from la.backbone import random_vit
 from la.coco import Dataset, load_coco
-from la.episodes import Pool, training_episode
-from la.folds import fold_classes
+from la.episodes import training_episode
 from pipelines.capacity import Kind, Task, TrainRates, images_of
 from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
-from pipelines.episodes import ensure_episodes, training_plan
+from pipelines.episodes import ensure_episodes, pool_on, training_plan
 from pipelines.evaluate import evaluate
 from pipelines.featurize import featurize
 from pipelines.made_up import ellipse, made_up_features
@@ -200,8 +199,7 @@ def photos_drawn(config: TrainConfig, dataset: Dataset) -> float:
     Fewer than `images_per_step` where classes have not photos enough for K shots. Raises InputError where classes are
     too few for a batch.
     """
-    seen, unseen = fold_classes(dataset.categories, config.fold, config.fold_lists)
-    pool = Pool(dataset, [*seen, *unseen] if config.classes == "all" else seen)
+    pool = pool_on(dataset, config.fold, config.classes, config.fold_lists)
 
     def episode(index: int, ways: int, shots: int) -> int:
         return 1 + len(training_episode(pool, "plan", index, ways, shots, config.prompts).supports)

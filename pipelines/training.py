@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from la.batch import EpisodeBatch
 from la.device import autocast, pick_device
 from la.errors import InputError
+from la.folds import fold_classes
 from la.hybrid import Hybrid, HybridConfig
 from la.losses import focal_loss, iou_loss
 from la.model import LabelAnything, ModelConfig, build, preset, save_state
@@ -76,7 +77,7 @@ def train(config: TrainConfig, on_report: Report | None = None) -> TrainResult:
     """
     store = FeatureStore(Workspace(config.workspace).find_store(config.store))
     model_config(config, store.info.channels)  # mistakes are told before a folder is made
-    pool_of(training_plan(config), store)
+    fold_classes(store.dataset("train").categories, config.fold, config.fold_lists)
     run_dir = run_dir_of(config)
     with locked(run_dir, wait=True), full_disk_told(run_dir):
         # two sweeps may need the same run: the second waits and finds it finished
