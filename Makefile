@@ -20,7 +20,7 @@ test: setup
 	$(RUN) -m pytest
 
 drill: setup
-	$(RUN) -m pipelines.drill
+	$(RUN) -m tools.drill.run_drill
 
 lint: setup
 	$(RUN) -m ruff check .

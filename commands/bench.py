@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from commands.shell import (
+from commands.options import (
     WORKSPACE,
     BackboneOption,
     BatchScaleOption,
@@ -47,7 +47,7 @@ def bench_featurize(
 ) -> None:
     """The whole of featurizing against calling the bare backbone on decoded photos."""
     with mistakes():
-        from pipelines.bench import bench_featurize as run
+        from pipelines.bench.ratios import bench_featurize as run
 
         show([run(coco_dir, backbone, weights, image_size, images=images, repeats=repeats)])
 
@@ -61,9 +61,9 @@ def bench_store(
 ) -> None:
     """Reading a photo's features at random against copying them from a raw memory map."""
     with mistakes():
-        from pipelines.bench import bench_store as run
-        from pipelines.bench_scale import bench_int8, int8_beside
-        from pipelines.convert import plain_store
+        from pipelines.bench.ratios import bench_store as run
+        from pipelines.bench.scale import bench_int8, int8_beside
+        from pipelines.store.convert import plain_store
         from pipelines.workspace import Workspace
 
         path = plain_store(Workspace(workspace), store)
@@ -82,7 +82,7 @@ def bench_episodes(
 ) -> None:
     """Episodes drawn a second on one core, training (the mix of B, N, K) and testing."""
     with mistakes():
-        from pipelines.bench import bench_episodes as run
+        from pipelines.bench.ratios import bench_episodes as run
         from pipelines.workspace import Workspace
 
         show([run(Workspace(workspace).find_store(store), fold, repeats=repeats)])
@@ -101,7 +101,7 @@ def bench_model(
     with mistakes():
         import torch
 
-        from pipelines.bench_model import bench_model as run
+        from pipelines.bench.model_speed import bench_model as run
         from pipelines.workspace import Workspace
 
         if threads:
@@ -122,7 +122,7 @@ def bench_evaluate(
     with mistakes():
         import torch
 
-        from pipelines.bench import bench_evaluate as run
+        from pipelines.bench.ratios import bench_evaluate as run
         from pipelines.workspace import Workspace
 
         if threads:
@@ -142,7 +142,7 @@ def bench_training(
 ) -> None:
     """Ray Train with one worker against the same loop without Ray, and two workers against one, once they run."""
     with mistakes():
-        from pipelines.bench_training import bench_training as run
+        from pipelines.bench.training_speed import bench_training as run
         from pipelines.config import default_recipe
 
         batches = of_recipe(default_recipe(preset), batch_scale)["batches"]
@@ -156,7 +156,7 @@ def bench_scale(
 ) -> None:
     """A made-up store of very many images and its episodes: seconds and memory against their bars."""
     with mistakes():
-        from pipelines.bench_scale import bench_scale as run
+        from pipelines.bench.scale import bench_scale as run
 
         show(run(images, count))
 
@@ -177,7 +177,7 @@ def bench_predict(
     with mistakes():
         import torch
 
-        from pipelines.bench_predict import bench_predict as run
+        from pipelines.bench.query_latency import bench_predict as run
 
         if threads:
             torch.set_num_threads(threads)
@@ -193,7 +193,7 @@ def bench_sweep(
     """What a trial of a sweep costs beyond its own work, through Ray Tune and MLflow, after the first."""
     with mistakes():
         from pipelines.workspace import Workspace
-        from sweeps.bench import bench_sweep as run
+        from sweeps.trial_overhead import bench_sweep as run
 
         show([run(Workspace(workspace).find_store(store), trials)])
 
@@ -212,10 +212,10 @@ def bench_all(
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with mistakes():
-        from pipelines import bench, bench_model, bench_predict, bench_scale, bench_training
-        from pipelines.store import FeatureStore
+        from pipelines.bench import model_speed, query_latency, ratios, scale, training_speed
+        from pipelines.store.reader import FeatureStore
         from pipelines.workspace import Workspace, write_text
-        from sweeps.bench import bench_sweep
+        from sweeps.trial_overhead import bench_sweep
 
         root = Workspace(workspace)
         path = root.find_store(store)
@@ -223,19 +223,19 @@ def bench_all(
         vit, size = info.backbone, info.image_size
         batches = of_recipe("small", 1.0)["batches"]
         runs = {
-            "store": lambda: [bench.bench_store(path)],
-            "episodes": lambda: [bench.bench_episodes(path)],
-            "model": lambda: bench_model.bench_model(path),
-            "evaluate": lambda: [bench.bench_evaluate(path)],
-            "training": lambda: bench_training.bench_training(root.root, batches=batches, store=path.name),
+            "store": lambda: [ratios.bench_store(path)],
+            "episodes": lambda: [ratios.bench_episodes(path)],
+            "model": lambda: model_speed.bench_model(path),
+            "evaluate": lambda: [ratios.bench_evaluate(path)],
+            "training": lambda: training_speed.bench_training(root.root, batches=batches, store=path.name),
             "sweep": lambda: [bench_sweep(path)],
-            "predict": lambda: bench_predict.bench_predict(backbone=vit, image_size=size),
+            "predict": lambda: query_latency.bench_predict(backbone=vit, image_size=size),
         }
-        if small := bench_scale.int8_beside(path):
-            runs["int8"] = lambda: bench_scale.bench_int8(path, small)
+        if small := scale.int8_beside(path):
+            runs["int8"] = lambda: scale.bench_int8(path, small)
         if coco_dir:
-            runs = {"featurize": lambda: [bench.bench_featurize(coco_dir, vit, weights, size)]} | runs
-        about = bench.machine()
+            runs = {"featurize": lambda: [ratios.bench_featurize(coco_dir, vit, weights, size)]} | runs
+        about = ratios.machine()
         table = Table("measurement", "ratio", "bar", "", title="Speed, each ratio measured in one run")
         kept: dict[str, list] = {}
         for name, run in runs.items():

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from commands.shell import (
+from commands.options import (
     WORKSPACE,
     AddressOption,
     BackboneOption,
@@ -65,7 +65,7 @@ def featurize(
     """Turn every photo into features once, with a frozen ViT. Done twice, there is nothing to do."""
     with mistakes(goes_on=True):
         from pipelines.config import FeaturizeConfig
-        from pipelines.featurize import featurize as run
+        from pipelines.store.featurize import featurize as run
 
         report = run(
             FeaturizeConfig(
@@ -103,7 +103,7 @@ def convert(
 ) -> None:
     """Make a second feature store from a finished one, its features in fewer bytes; needs no photos."""
     with mistakes(goes_on=True):
-        from pipelines.convert import convert as run
+        from pipelines.store.convert import convert as run
 
         with progress_bar() as bar:
             task = bar.add_task("shards", total=None)
@@ -119,7 +119,7 @@ def convert(
 def push(uri: UriArgument, workspace: WorkspaceOption = WORKSPACE, store: StoreOption = None) -> None:
     """Copy a finished feature store to object storage; files that are there already, and the same, stay."""
     with mistakes(goes_on=True):
-        from pipelines.remote import RemoteStores
+        from pipelines.store.remote_store import RemoteStores
         from pipelines.workspace import Workspace
 
         path = Workspace(workspace).find_store(store)
@@ -133,7 +133,7 @@ def push(uri: UriArgument, workspace: WorkspaceOption = WORKSPACE, store: StoreO
 def pull(uri: UriArgument, workspace: WorkspaceOption = WORKSPACE, store: StoreOption = None) -> None:
     """Copy a finished feature store from object storage into the workspace, every shard checked."""
     with mistakes(goes_on=True):
-        from pipelines.remote import RemoteStores
+        from pipelines.store.remote_store import RemoteStores
         from pipelines.workspace import Workspace, locked
 
         features, remote = Workspace(workspace).features, RemoteStores(uri)
@@ -159,7 +159,7 @@ def verify(
     """Check a feature store: schema, counts, index, checksums, and some photos anew. Exit code 1 for what stays bad."""
     with mistakes():
         from pipelines.config import VerifyConfig
-        from pipelines.verify import verify as run
+        from pipelines.store.verify import verify as run
 
         config = VerifyConfig(
             workspace=workspace,
@@ -215,8 +215,8 @@ def episodes(
     """Draw COCO-20i episodes into Parquet shards. Later verbs draw what they miss, so this one is for looking first."""
     with mistakes(goes_on=True):
         from pipelines.config import EvaluateConfig, TrainConfig
-        from pipelines.episodes import ensure_episodes, evaluation_plan, training_plan
-        from pipelines.store import FeatureStore
+        from pipelines.episodes.episode_shards import ensure_episodes, evaluation_plan, training_plan
+        from pipelines.store.reader import FeatureStore
         from pipelines.workspace import Workspace
 
         features = FeatureStore(Workspace(workspace).find_store(store))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from commands.shell import (
+from commands.options import (
     WORKSPACE,
     AddressOption,
     AlsoOption,
@@ -72,7 +72,8 @@ def train(
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(min=0, help="Of AdamW; default: the recipe's.")] = None,
     loss: Annotated[
-        Literal["focal", "iou"] | None, typer.Option(help="What is minimised, see la/losses.py; default: the recipe's.")
+        Literal["focal", "iou"] | None,
+        typer.Option(help="What is minimised; default: the recipe's."),
     ] = None,
     prompts: Annotated[str, typer.Option(help="Kinds of prompt that training episodes mix.")] = "mask,point,box",
     warmup_steps: Annotated[
@@ -107,9 +108,9 @@ def train(
     """
     with mistakes(goes_on=True):
         from pipelines.config import TrainConfig, default_recipe
-        from pipelines.tracking import log_training
-        from pipelines.training import steps_of_epochs
-        from pipelines.training import train as run
+        from pipelines.tracking.mlflow_runs import log_training
+        from pipelines.training.run import steps_of_epochs
+        from pipelines.training.run import train as run
 
         config = TrainConfig(
             workspace=workspace.absolute(),
@@ -213,8 +214,8 @@ def evaluate(
     """mIoU over the fold's classes, several seeds with mean and standard deviation, and each class's IoU."""
     with mistakes():
         from pipelines.config import EvaluateConfig
-        from pipelines.evaluate import evaluate as run
-        from pipelines.tracking import log_evaluation
+        from pipelines.evaluation.evaluate import evaluate as run
+        from pipelines.tracking.mlflow_runs import log_evaluation
 
         config = EvaluateConfig(
             workspace=workspace.absolute(),
@@ -240,8 +241,8 @@ def evaluate(
             threads=threads,
         )
         if method == "la" and checkpoint is None:
-            from pipelines.methods import latest_run
-            from pipelines.store import FeatureStore
+            from pipelines.evaluation.methods import latest_run
+            from pipelines.store.reader import FeatureStore
             from pipelines.workspace import Workspace
 
             latest = latest_run(config, FeatureStore(Workspace(config.workspace).find_store(store)))
@@ -266,7 +267,7 @@ def evaluate(
             highlight=False,
         )
         if picture:
-            from pipelines.figures import draw_first_episodes
+            from pipelines.evaluation.figures import draw_first_episodes
 
             draw_first_episodes(picture, [(config, s) for s in range(config.seeds)])
             console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
@@ -294,7 +295,7 @@ def profile(
 ) -> None:
     """Seconds and peak memory of 5-way inference as shots grow: table 2 of the paper, each cell in a fresh process."""
     with mistakes():
-        from pipelines.profile import run_profile
+        from pipelines.evaluation.profile import run_profile
 
         with progress_bar() as bar:
             task = bar.add_task("profile", total=None)
@@ -327,8 +328,8 @@ def model(
 ) -> None:
     """Print the learnable parameters of a preset, part by part."""
     with mistakes():
-        from la.model import build
-        from la.model import preset as config_of
+        from la.model.label_anything import build
+        from la.model.label_anything import preset as config_of
 
         parts = build(config_of(preset, channels=channels)).parameter_table()
         table = Table("part", "parameters", title=f"{preset}, {channels} backbone channels")
@@ -351,8 +352,8 @@ def import_official(
 ) -> None:
     """Turn a checkpoint of the official implementation into one that evaluate takes."""
     with mistakes():
-        from la.folds import FOLDS
-        from pipelines.official import import_official as run
+        from la.data.folds import FOLDS
+        from pipelines.runs.official_files import import_official as run
         from pipelines.workspace import Workspace
 
         if fold not in range(FOLDS):
@@ -373,7 +374,7 @@ def export_official(
 ) -> None:
     """Write a checkpoint under the parameter names of the official implementation."""
     with mistakes():
-        from pipelines.official import export_official as run
+        from pipelines.runs.official_files import export_official as run
 
         run(checkpoint, out)
         console.print(f"weights: {out}", highlight=False, soft_wrap=True)

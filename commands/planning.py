@@ -1,9 +1,7 @@
 """What a study will cost, before it is run."""
 
 import tempfile
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,25 +9,20 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from commands.shell import (
+from commands.options import (
     BackboneOption,
     BatchScaleOption,
     DeviceOption,
     PhotosOption,
     RecipeOption,
     SizeOption,
-    StoreOption,
     ThreadsOption,
-    WeightsOption,
     console,
     mistakes,
     of_recipe,
-    progress_bar,
 )
-from la.errors import InputError
 
 app = typer.Typer()
-BAR = 25  # percent that a prediction may be off
 COCO_PHOTOS = 123_287  # of train2017 and val2017
 
 
@@ -60,18 +53,7 @@ def plan(
     read_mb_per_second: Annotated[
         float | None, typer.Option(min=0.1, help="Of each node's way to the features; default: measured here.")
     ] = None,
-    check: Annotated[Path | None, typer.Option(help="Hold the plan against what this workspace recorded.")] = None,
-    store: StoreOption = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Hold the plan against a small real run made now, on --coco-dir.")
-    ] = False,
     coco_dir: PhotosOption = None,
-    weights: WeightsOption = None,
-    photos: Annotated[int, typer.Option(min=30, help="Photos of --verify, at most.")] = 322,
-    clock: Annotated[
-        Literal["wall", "cpu"],
-        typer.Option(help="What --verify counts; cpu: seconds that the CPU worked, right where others use it as well."),
-    ] = "wall",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:
@@ -81,7 +63,7 @@ def plan(
     Rates measured here are those of this machine: plan for another one with rates measured there.
     """
     with mistakes():
-        from pipelines.config import FeaturizeConfig, TrainConfig, default_recipe
+        from pipelines.config import TrainConfig, default_recipe
 
         training = TrainConfig(
             workspace=Path("unused"),
@@ -91,75 +73,30 @@ def plan(
             device=device,
             threads=threads,
         )
-        if check and verify:
-            raise InputError("--check and --verify exclude each other: one looks back, the other runs. Pass one.")
-        if check:
-            from pipelines.rehearsal import check_workspace
+        from pipelines.bench.cost import Cluster, bytes_per_image, images_per_step, rates_of_steps, store_bytes
+        from pipelines.bench.rates import feature_shape, measure_featurizing, measure_reading
+        from pipelines.bench.ratios import memory_gb
 
-            show_comparison(check_workspace(check, store))
-        elif verify:
-            if coco_dir is None:
-                raise InputError("--verify runs on real photos: pass --coco-dir DIR with annotations/ and photos.")
-            from pipelines.rehearsal import rehearse
-
-            if images is not None:
-                raise InputError("--images is planned for, --verify runs: with it pass --photos, how many at most.")
-            featurizing = FeaturizeConfig(
-                workspace=Path("unused"),
-                coco_dir=coco_dir,
-                backbone=backbone,
-                weights=weights,
-                image_size=image_size,
-                device=device,
-                threads=threads,
+        swept = of_recipe(recipe or "small", batch_scale)  # as `sweep` takes it, whatever the preset asked for
+        found, photos_of = counted(coco_dir) if coco_dir else (COCO_PHOTOS, lambda c: images_per_step(c.batches))
+        images = images or found
+        grid, channels = feature_shape(backbone, image_size)
+        features = bytes_per_image(grid, channels, dtype)
+        with tempfile.TemporaryDirectory(prefix="la-plan-") as name:
+            folder = Path(name)
+            disk_rate = read_mb_per_second or told("reading", lambda: measure_reading(folder))
+            cluster = Cluster(disk_rate, workers, nodes, ram_gb or memory_gb())
+            rate = featurize_rate or told(
+                "the ViT",
+                lambda: measure_featurizing(folder, backbone, image_size, device=device, threads=threads),
             )
-            seconds = time.perf_counter if clock == "wall" else time.process_time
-            say = partial(console.print, style="dim")
-            with progress_of_stages() as advance:
-                compared = rehearse(featurizing, training, photos, seconds, say, advance)
-            show_comparison(compared)
-        else:
-            from pipelines.bench import memory_gb
-            from pipelines.capacity import Cluster, bytes_per_image, images_per_step, rates_of_steps, store_bytes
-            from pipelines.probes import feature_shape, measure_featurizing, measure_reading
-
-            swept = of_recipe(recipe or "small", batch_scale)  # as `sweep` takes it, whatever the preset asked for
-            found, photos_of = counted(coco_dir) if coco_dir else (COCO_PHOTOS, lambda c: images_per_step(c.batches))
-            images = images or found
-            grid, channels = feature_shape(backbone, image_size)
-            features = bytes_per_image(grid, channels, dtype)
-            with tempfile.TemporaryDirectory(prefix="la-plan-") as name:
-                folder = Path(name)
-                disk_rate = read_mb_per_second or told("reading", lambda: measure_reading(folder))
-                cluster = Cluster(disk_rate, workers, nodes, ram_gb or memory_gb())
-                rate = featurize_rate or told(
-                    "the ViT",
-                    lambda: measure_featurizing(folder, backbone, image_size, device=device, threads=threads),
-                )
-                if steps_per_second:
-                    given = partial(rates_of_steps, steps_per_second)
-                    jobs = trials(training, swept, lambda c: given(c.batches), photos_of, seeds, episodes)
-                else:
-                    here = measured_here(folder, backbone, image_size, photos_of)
-                    jobs = trials(training, swept, here, photos_of, seeds, episodes)
-            show_plan(images, features, store_bytes(images, features), rate, jobs, folds, cluster, dtype)
-
-
-@contextmanager
-def progress_of_stages():
-    """Gives a function of (stage, done, of all), each of whose stages has a bar from its first call on."""
-    bar, tasks = progress_bar(), {}
-
-    def advance(stage: str, done: int, total: int) -> None:
-        bar.start()  # not before: featurizing has a bar of its own
-        if stage not in tasks:
-            tasks[stage] = bar.add_task(stage)
-        bar.update(tasks[stage], completed=done, total=total)
-
-    try:
-        yield advance
-    finally:
-        bar.stop()
+            if steps_per_second:
+                given = partial(rates_of_steps, steps_per_second)
+                jobs = trials(training, swept, lambda c: given(c.batches), photos_of, seeds, episodes)
+            else:
+                here = measured_here(folder, backbone, image_size, photos_of)
+                jobs = trials(training, swept, here, photos_of, seeds, episodes)
+        show_plan(images, features, store_bytes(images, features), rate, jobs, folds, cluster, dtype)
 
 
 def trials(training, swept: dict, rates_of: Callable, photos_of: Callable, seeds: int, episodes: int) -> tuple:
@@ -167,8 +104,8 @@ def trials(training, swept: dict, rates_of: Callable, photos_of: Callable, seeds
 
     `swept` are the recipe and batches of trials that have none of their own.
     """
-    from pipelines.capacity import Training
-    from sweeps.ablations import ABLATIONS
+    from pipelines.bench.cost import Training
+    from sweeps.studies.ablations import ABLATIONS
 
     tasks = tuple(
         ((ways, shots), len(ABLATIONS.prompts) * seeds * episodes)
@@ -194,8 +131,8 @@ def trials(training, swept: dict, rates_of: Callable, photos_of: Callable, seeds
 
 def counted(coco_dir) -> tuple[int, Callable]:
     """(photos of a COCO folder, what a training config reads of them in a step)"""
-    from la.coco import find_splits, load_coco
-    from pipelines.probes import photos_drawn
+    from la.data.coco import find_splits, load_coco
+    from pipelines.bench.rates import photos_drawn
 
     with console.status(f"reading the annotations of {coco_dir}"):
         datasets = {split: load_coco(file, None, split) for split, (file, _) in find_splits(coco_dir).items()}
@@ -211,7 +148,7 @@ def counted(coco_dir) -> tuple[int, Callable]:
 
 def measured_here(folder: Path, backbone: str, image_size: int, photos_of: Callable) -> Callable:
     """Rates of a training config, measured on made-up features once for each preset and its batches."""
-    from pipelines.probes import made_up_store, measure_training
+    from pipelines.bench.rates import made_up_store, measure_training
 
     workspace = made_up_store(folder, backbone, image_size)
     known: dict[tuple, object] = {}
@@ -243,7 +180,7 @@ def told(what: str, measure: Callable):
 
 def show_plan(images, features, store, rate, jobs, folds, cluster, dtype) -> None:
     """The plan as two tables: sizes and rates, then stages."""
-    from pipelines.capacity import plan_featurizing, plan_sweep, plan_training
+    from pipelines.bench.cost import plan_featurizing, plan_sweep, plan_training
 
     training, sweep = jobs
     read = training.photos_a_step
@@ -268,17 +205,3 @@ def show_plan(images, features, store, rate, jobs, folds, cluster, dtype) -> Non
         table.add_row(stage.name, f"{stage.hours:.3g}", f"{stage.read_mb:.0f}", stage.bottleneck)
     console.print(table)
     console.print(f"together {sum(stage.hours for stage in stages):.3g} hours")
-
-
-def show_comparison(compared) -> None:
-    """Predicted beside measured; exit code 1 where one is off by more than BAR percent."""
-    table = Table("what", "predicted", "measured", "unit", "error")
-    for one in compared:
-        table.add_row(one.name, f"{one.predicted:.4g}", f"{one.measured:.4g}", one.unit, f"{one.error:+.1f} %")
-    console.print(table)
-    worst = max(compared, key=lambda one: abs(one.error))
-    passed = abs(worst.error) <= BAR
-    verdict = "within" if passed else "NOT within"
-    console.print(f"{verdict} {BAR} %: the largest error is {worst.error:+.1f} % ({worst.name})")
-    if not passed:
-        raise typer.Exit(1)

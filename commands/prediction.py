@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from commands.shell import DeviceOption, ThreadsOption, WeightsOption, console, mistakes, progress_bar
+from commands.options import DeviceOption, ThreadsOption, WeightsOption, console, mistakes, progress_bar
 
 app = typer.Typer()
 CheckpointOption = Annotated[
@@ -50,9 +50,9 @@ def predict(
 ) -> None:
     """Segment photos by a few annotated ones. Killed and started again, it goes on where it was."""
     with mistakes(goes_on=True):
-        from la.checkpoint import DEMO
+        from la.predictor.checkpoint import DEMO
         from pipelines.config import PredictConfig
-        from pipelines.predict import predict as run
+        from pipelines.predict.segment_folder import predict as run
 
         config = PredictConfig(
             checkpoint=checkpoint,
@@ -104,7 +104,7 @@ def export(
 ) -> None:
     """Write the heads for other programs: features of a query and of saved classes in, logits out."""
     with mistakes():
-        from pipelines.export import export_heads
+        from pipelines.predict.export import export_heads
 
         report = export_heads(checkpoint, out, ways, shots, prototypes or (), grid)
         console.print(f"{report.heads}{f' and {report.classes}' if report.classes else ''}", highlight=False)

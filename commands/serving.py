@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
+from commands.options import AddressOption, DeviceOption, ThreadsOption, WeightsOption, console, mistakes
 from commands.prediction import CheckpointOption, OwnBackboneOption, OwnSizeOption
-from commands.shell import AddressOption, DeviceOption, ThreadsOption, WeightsOption, console, mistakes
 
 app = typer.Typer()
 

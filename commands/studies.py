@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from commands.shell import (
+from commands.options import (
     WORKSPACE,
     AddressOption,
     AlsoOption,
@@ -28,7 +28,7 @@ from commands.shell import (
     numbers,
     of_recipe,
 )
-from sweeps.studies import STUDIES
+from sweeps.studies.registry import STUDIES
 from sweeps.study import Study
 
 app = typer.Typer()
@@ -154,7 +154,7 @@ def search(
     """
     with mistakes(goes_on=True):
         from pipelines.config import SearchConfig
-        from sweeps.search import run_search
+        from sweeps.search.search_run import run_search
 
         config = SearchConfig(
             workspace=workspace.absolute(),
@@ -202,7 +202,7 @@ def report(
     Nothing is run again. An empty cell says which command fills it.
     """
     with mistakes():
-        from sweeps.report import write_report
+        from sweeps.report.page_of_tables import write_report
 
         path = write_report(workspace.absolute(), out or workspace.absolute() / "report.html")
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
@@ -237,7 +237,7 @@ def ui(
 ) -> None:
     """Open the MLflow UI on this workspace."""
     with mistakes():
-        from pipelines.tracking import serve_ui
+        from pipelines.tracking.mlflow_runs import serve_ui
         from pipelines.workspace import Workspace
 
         serve_ui(Workspace(workspace), host, port)

@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from la.folds import FoldLists
-from la.protocols import protocol_of
+from la.data.folds import FoldLists
+from la.episodes.protocols import protocol_of
 from la.schedules import Schedule
-from pipelines.places import Place
+from pipelines.remote_path import Place
 from pipelines.workspace import digest
 
 Prompt = Literal["mask", "point", "box", "point_box", "mixed"]
@@ -111,17 +111,17 @@ class TrainConfig(Settings):
     # classes it labels; classes that stay unseen are left out of all.
     also: tuple[Path, ...] = ()
     fold: int = 0  # fold whose classes stay unseen
-    fold_lists: FoldLists = "interleaved"  # which classes are a fold, see la.folds
+    fold_lists: FoldLists = "interleaved"  # which classes are a fold, see la.data.folds
     classes: Literal["seen", "all"] = "seen"  # all: a generalist, which the test classes are not new to (table 4)
     seed: int = 0
-    # model: switches of la.model.ModelConfig
+    # model: switches of la.model.label_anything.ModelConfig
     preset: str = "paper"  # or "official", "hybrid", "debug"
     dim: int | None = None  # D, channels after the neck; None: the preset's
     depth: int | None = Field(None, ge=1)  # rounds of attention, or layers of the hybrid's decoder; None: the preset's
     token_pool: bool = True
     class_example_mixer: bool = True
     spatial_convs: bool = True
-    match_prototypes: bool = True  # of la.hybrid.HybridConfig, as all to drop_maps
+    match_prototypes: bool = True  # of la.model.hybrid.HybridConfig, as all to drop_maps
     match_affinity: bool = True
     object_metric: bool = True
     objectness: int | None = Field(None, ge=0)  # channels of the shared view of the query; None: the preset's
@@ -137,11 +137,11 @@ class TrainConfig(Settings):
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(100, ge=0)
     schedule: Schedule = "cosine"  # after warm-up, changed at every step
-    loss: Literal["focal", "iou"] = "focal"  # see la.losses
+    loss: Literal["focal", "iou"] = "focal"  # see la.evaluation.losses
     gamma: float = Field(2.0, ge=0)  # focal loss exponent
     flips: bool = False  # mirror the query's features at every second step
     ema: float = Field(0.99, ge=0, lt=1)  # decay per step of the moving average of weights that is validated and kept
-    # how pixels of a class weigh, see la.losses
+    # how pixels of a class weigh, see la.evaluation.losses
     class_weights: Literal["inverse", "log", "log_batch", "none"] = "inverse"
     # selection, on seen classes of the val split
     val_every: int = Field(250, ge=1)  # steps
@@ -172,7 +172,7 @@ class TrainConfig(Settings):
 class ProtocolSettings(Settings):
     """Base of settings that evaluate: the protocol sets seeds and episodes where they are not given."""
 
-    protocol: str = "la"  # of la.protocols
+    protocol: str = "la"  # of la.episodes.protocols
     seeds: int = Field(5, ge=1)
     episodes: int = Field(1000, ge=1)  # of each seed
 
@@ -201,7 +201,7 @@ class EvaluateConfig(ProtocolSettings):
     support_selection: Literal["random", "nearest"] = "random"  # nearest: the photos most like the query
     classes: Literal["unseen", "seen"] = "unseen"
     split: Literal["val", "train"] = "val"
-    # variants of a trained model at test time, see la.test_time
+    # variants of a trained model at test time, see la.evaluation.test_time
     pool_draws: int = Field(0, ge=0)  # mean over so many draws of the token-pool rows; 0: fixed rows
     background: Literal["learned", "supports"] = "learned"  # supports: what no prompt covers is a prompt too
     flips: bool = False  # mean with the query's features flipped
@@ -225,7 +225,7 @@ class SweepConfig(ProtocolSettings, TrialPlacement):
 
     workspace: Path
     store: str | None = None  # key of the feature store; None: the only one in the workspace
-    study: str = "ablations"  # of sweeps.studies
+    study: str = "ablations"  # of sweeps.studies.registry
     variants: tuple[str, ...] | None = None  # names; None: all of the study
     folds: tuple[int, ...] = Field((0,), min_length=1)
     train: dict[str, Any] = {}  # other TrainConfig fields, the same for every variant
@@ -236,7 +236,7 @@ class SweepConfig(ProtocolSettings, TrialPlacement):
 
 
 class SearchConfig(TrialPlacement):
-    """A search for settings of training by what they reach on seen classes; see sweeps.space for what is drawn."""
+    """A search for settings of training by what they reach on seen classes."""
 
     workspace: Path
     store: str | None = None  # key of the feature store; None: the only one in the workspace

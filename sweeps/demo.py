@@ -7,10 +7,10 @@ from rich.console import Console
 
 from pipelines.config import EvaluateConfig, FeaturizeConfig, SweepConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
-from pipelines.episodes import ensure_episodes, training_plan
-from pipelines.featurize import featurize
-from pipelines.figures import draw_first_episodes
-from pipelines.store import FeatureStore
+from pipelines.episodes.episode_shards import ensure_episodes, training_plan
+from pipelines.evaluation.figures import draw_first_episodes
+from pipelines.store.featurize import featurize
+from pipelines.store.reader import FeatureStore
 from pipelines.workspace import Workspace
 from sweeps.runner import SweepResult, run_sweep
 

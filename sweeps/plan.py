@@ -5,12 +5,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from la.episodes.protocols import protocol_of
 from la.errors import InputError
-from la.protocols import protocol_of
 from pipelines.config import EvaluateConfig, SweepConfig, TrainConfig
-from pipelines.store import FeatureStore
+from pipelines.store.reader import FeatureStore
 from pipelines.workspace import Workspace, digest
-from sweeps.studies import STUDIES
+from sweeps.studies.registry import STUDIES
 from sweeps.study import Variant
 from sweeps.trial import Job
 

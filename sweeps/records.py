@@ -6,11 +6,11 @@ from typing import Protocol
 
 import numpy as np
 
-from pipelines.identity import fold_params, git_sha, task_metrics
-from pipelines.store import FeatureStore
-from pipelines.tracking import Run, Tracker, TrackingError, final_metrics, read_curve
+from pipelines.store.reader import FeatureStore
+from pipelines.tracking.mlflow_runs import Run, Tracker, TrackingError, final_metrics, read_curve
+from pipelines.tracking.run_params import fold_params, git_sha, task_metrics
+from sweeps.paper_tables import Table
 from sweeps.study import Variant
-from sweeps.tables import Table
 from sweeps.trial import FoldResult, Job, last_line
 
 logger = logging.getLogger(__name__)

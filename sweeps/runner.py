@@ -27,14 +27,14 @@ from rich.console import Console
 from la.errors import InputError
 from pipelines.cluster import ray_session, wait_for
 from pipelines.config import SweepConfig, TrialPlacement
-from pipelines.tracking import Tracker
+from pipelines.tracking.mlflow_runs import Tracker
 from pipelines.workspace import Workspace, locked, write_text
 from sweeps.display import SweepDisplay
+from sweeps.paper_tables import Table
 from sweeps.plan import plan_sweep
 from sweeps.records import SweepRuns
-from sweeps.studies import STUDIES
+from sweeps.studies.registry import STUDIES
 from sweeps.study import Variant
-from sweeps.tables import Table
 from sweeps.trial import FoldResult, Job, Report, describe_error, finished, run_trial
 
 Trainable = Callable[[Job, Report], FoldResult]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from pipelines.config import Prompt
 
 if TYPE_CHECKING:
+    from sweeps.paper_tables import Table
     from sweeps.runner import SweepResult
-    from sweeps.tables import Table
 
 Task = tuple[int, int]  # ways, shots
 Paper = Mapping[Task, float | tuple[float, ...]]  # mIoU in percent; a tuple has one number a fold
@@ -56,5 +56,5 @@ HYBRID = Variant("hybrid", "LA, hybrid preset", {"preset": "hybrid", "recipe": "
 
 
 def baseline(method: str, title: str, paper: Paper | None = None) -> Variant:
-    """A method without training, by its name in `la.baselines`."""
+    """A method without training, by its name in `la.evaluation.baselines`."""
     return Variant(method, title, paper=paper or {}, method=method)

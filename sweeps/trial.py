@@ -87,9 +87,9 @@ def run_trial(job: Job, report: Report, train: Callable | None = None, evaluate:
     `train` and `evaluate` default to the pipelines'; errors of either pass through.
     """
     if train is None and job.train:
-        from pipelines.training import train
+        from pipelines.training.run import train
     if evaluate is None:
-        from pipelines.evaluate import evaluate
+        from pipelines.evaluation.evaluate import evaluate
     started = time.monotonic()
     result = FoldResult(variant=job.variant.name, fold=job.fold)
     if job.train:

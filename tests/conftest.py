@@ -19,7 +19,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from pycocotools import mask as rle_tools
 
-import la.vit_demo  # noqa: F401  registers the ViT of `tiny_weights`
+import la.backbone.vit_demo  # noqa: F401  registers the ViT of `tiny_weights`
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 TINY = {"backbone": "vit_demo_patch8_128", "image_size": 64}  # 8x8 tokens of 128 channels

@@ -43,7 +43,7 @@ def fake_train(config: TrainConfig, on_report) -> SimpleNamespace:
 def main(workspace: Path, round_: int) -> None:
     from rich.console import Console
 
-    from sweeps.search import run_search
+    from sweeps.search.search_run import run_search
 
     calls = workspace / "calls.log"
 

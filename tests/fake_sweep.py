@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pipelines.config import EvaluateConfig, SweepConfig, TrainConfig
-from pipelines.store import StoreInfo, StoreSettings
+from pipelines.store.reader import StoreInfo, StoreSettings
 from pipelines.workspace import Workspace
 
 STEPS = 30

@@ -6,11 +6,11 @@ Only the parameters are the model's; attention is always the plain MultiHead(Q, 
 import torch
 from torch.nn import functional as F
 
-from la.model import LabelAnything
+from la.model.label_anything import LabelAnything
 
 
 def plain_logits(model: LabelAnything, episode, features, mask, size) -> torch.Tensor:
-    """Logits (N + 1, 4h, 4w) of one episode in evaluation; the arguments are those of `la.batch.pack`."""
+    """Logits (N + 1, 4h, 4w) of one episode in evaluation; the arguments are those of `la.episodes.batch.pack`."""
     encoder, slots = model.prompt_encoder, len(episode.classes) + 1
     grid = tuple(features([episode.query]).shape[1:3])
     place = encoder.position.grid(*grid)

@@ -7,7 +7,7 @@ import timm
 import torch
 from PIL import Image
 
-from la.backbone import identify_weights, load_backbone, preprocessing, read_photo
+from la.backbone.vit import identify_weights, load_backbone, preprocessing, read_photo
 from la.errors import InputError
 from tests.conftest import TINY
 

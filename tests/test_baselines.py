@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from la.baselines import BASELINES, affinity, k_means, parts, prompt_coverage, prototype, ridge
-from la.batch import pack
-from la.episodes import Episode, Pair
+from la.episodes.batch import pack
+from la.episodes.sampling import Episode, Pair
+from la.evaluation.baselines import BASELINES, affinity, k_means, parts, prompt_coverage, prototype, ridge
 
 OBJECT, GROUND, THIRD = torch.eye(3)
 

@@ -3,11 +3,11 @@
 import pytest
 
 from la.errors import InputError
-from pipelines.bench import BenchResult, bench_evaluate, bench_featurize
-from pipelines.bench_model import bench_model
+from pipelines.bench.model_speed import bench_model
+from pipelines.bench.ratios import BenchResult, bench_evaluate, bench_featurize
 from pipelines.config import FeaturizeConfig
 from pipelines.demo.scenes import draw_scenes
-from pipelines.featurize import featurize
+from pipelines.store.featurize import featurize
 from tests.conftest import TINY
 
 

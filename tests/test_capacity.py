@@ -6,9 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 import cli
-from la.coco import find_splits, load_coco
+from la.data.coco import find_splits, load_coco
 from la.errors import InputError
-from pipelines.capacity import (
+from pipelines.bench.cost import (
     Cluster,
     Training,
     TrainRates,
@@ -20,10 +20,7 @@ from pipelines.capacity import (
     rates_of_steps,
     store_bytes,
 )
-from pipelines.config import PAPER_BATCHES, FeaturizeConfig, TrainConfig
-from pipelines.demo.scenes import draw_scenes
-from pipelines.episodes import ensure_episodes, training_plan
-from pipelines.probes import (
+from pipelines.bench.rates import (
     Stopwatch,
     feature_shape,
     made_up_store,
@@ -32,11 +29,14 @@ from pipelines.probes import (
     measure_training,
     photos_drawn,
 )
-from pipelines.rehearsal import Compared, check_workspace, rehearse
-from pipelines.store import FeatureStore
-from pipelines.training import train
+from pipelines.config import PAPER_BATCHES, FeaturizeConfig, TrainConfig
+from pipelines.demo.scenes import draw_scenes
+from pipelines.episodes.episode_shards import ensure_episodes, training_plan
+from pipelines.store.reader import FeatureStore
+from pipelines.training.run import train
 from pipelines.workspace import Workspace
 from tests.conftest import TINY
+from tools.plan_check.rehearsal import Compared, check_workspace, rehearse
 
 FEATURES = bytes_per_image((30, 30), 768, "float16")
 SMALL = ((2, 1, 1), (1, 2, 1))
@@ -202,7 +202,7 @@ def test_verify_and_check_hold_the_plan_against_runs(tmp_path, tiny_weights):
 
     with pytest.raises(InputError, match="holds no features"):
         check_workspace(tmp_path / "empty")
-    from pipelines.featurize import featurize
+    from pipelines.store.featurize import featurize
 
     featurize(featurizing)
     with pytest.raises(InputError, match="no finished training"):
@@ -254,9 +254,6 @@ def test_plan_counts_the_photos_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--verify",), "--coco-dir"),
-        (("--verify", "--check", "x"), "exclude each other"),
-        (("--verify", "--coco-dir", "x", "--images", "9"), "pass --photos"),
         (("--nodes", "3", "--read-mb-per-second", "1"), "--workers is 1"),
         (("--image-size", "470"), "multiple of 16"),
     ],

@@ -11,9 +11,11 @@ import threading
 import pytest
 import torch
 
-import pipelines.training as training
+import pipelines.training.run as training
 from la.errors import InputError
-from pipelines.checkpoints import (
+from pipelines.config import EvaluateConfig
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.runs.checkpoints import (
     CheckpointWarning,
     DamagedCheckpoint,
     check,
@@ -23,10 +25,8 @@ from pipelines.checkpoints import (
     save,
     save_last,
 )
-from pipelines.config import EvaluateConfig
-from pipelines.evaluate import evaluate
-from pipelines.notice import Stopped
-from pipelines.training import run_dir_of, train
+from pipelines.training.run import run_dir_of, train
+from pipelines.training.stop import Stopped
 from tests.test_training import featurized_scenes, settings
 
 CONTENT = {"state": {"weight": torch.arange(3000.0), "bias": torch.ones(7)}, "at": {"step": 3, "losses": [0.5]}}

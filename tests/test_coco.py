@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as rle_tools
 
-from la.coco import IGNORED, VOID, Dataset, decode, find_splits, label_map, load_coco
+from la.data.coco import IGNORED, VOID, Dataset, decode, find_splits, label_map, load_coco
+from la.data.rle import run_lengths
 from la.errors import InputError
-from la.rle import run_lengths
 from tests.conftest import CROWDED, DOG, EMPTY, GREY, PERSON
 from tests.test_folds import COCO_IDS, FOLD_0
 

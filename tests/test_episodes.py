@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from la.coco import Annotation, Dataset, Image, decode
-from la.episodes import MAX_POINTS, Pool, evaluation_episode, training_episode
+from la.data.coco import Annotation, Dataset, Image, decode
+from la.data.folds import fold_classes
+from la.episodes.sampling import MAX_POINTS, Pool, evaluation_episode, training_episode
 from la.errors import InputError
-from la.folds import fold_classes
 
 SIZE = 64
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from la.decoder import segment
 from la.errors import InputError
-from la.export import example_inputs, export_onnx, export_program, heads_inputs, heads_of
-from la.model import build, preset
-from la.predictor import Predictor
-from pipelines.export import export_heads
+from la.model.decoder import segment
+from la.model.label_anything import build, preset
+from la.predictor.fixed_heads import example_inputs, export_onnx, export_program, heads_inputs, heads_of
+from la.predictor.predictor import Predictor
+from pipelines.predict.export import export_heads
 
 ort = pytest.importorskip("onnxruntime", reason="pip install 'label-anything[export]'")
 pytest.importorskip("onnxscript", reason="pip install 'label-anything[export]'")
@@ -54,7 +54,7 @@ def photos():
 @pytest.mark.parametrize("most", [10_000, 200])  # each token by itself, and neighbours as one
 def test_the_example_segments_with_the_onnx_file_alone(tmp_path, monkeypatch, most):
     """From saved classes to a mask, in a process that has neither torch nor the product."""
-    monkeypatch.setattr("la.matching.MOST_TOKENS", most)
+    monkeypatch.setattr("la.model.matching.MOST_TOKENS", most)
     predictor = Predictor.from_checkpoint("demo", "cpu")
     mask = np.zeros((96, 128), bool)
     mask[20:70, 30:90] = True

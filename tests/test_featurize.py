@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import pipelines.featurize
-from la.backbone import load_backbone, read_photo
+import pipelines.store.featurize
+from la.backbone.vit import load_backbone, read_photo
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig
-from pipelines.featurize import featurize, plan_shards
-from pipelines.store import FeatureStore
+from pipelines.store.featurize import featurize, plan_shards
+from pipelines.store.reader import FeatureStore
 from pipelines.workspace import locked
 from tests.conftest import TINY
 
@@ -58,8 +58,8 @@ def test_features_are_those_of_the_backbone(config):
 
 def test_done_twice_there_is_nothing_to_do_and_no_model_is_loaded(config, monkeypatch):
     first = featurize(config)
-    monkeypatch.setattr("pipelines.shard_maker.load_backbone", lambda *a: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(pipelines.featurize, "load_coco", lambda *a: pytest.fail("annotations were read"))
+    monkeypatch.setattr("pipelines.store.shard_maker.load_backbone", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(pipelines.store.featurize, "load_coco", lambda *a: pytest.fail("annotations were read"))
     again = featurize(config)
     assert (first.made, first.already) == (26, 0)
     assert (again.made, again.already, again.store) == (0, 26, first.store)
@@ -80,8 +80,8 @@ def test_a_killed_run_goes_on_where_it_was(config, tmp_path):
     whole = featurize(changed(config, workspace=tmp_path / "whole"))
     script = (
         "import sys, time\n"
-        "import pipelines.shard_maker as m\n"
-        "from pipelines.featurize import FeaturizeConfig, featurize\n"
+        "import pipelines.store.shard_maker as m\n"
+        "from pipelines.store.featurize import FeaturizeConfig, featurize\n"
         "read = m.read_photo\n"
         "m.read_photo = lambda *a: (time.sleep(0.05), read(*a))[1]\n"
         "featurize(FeaturizeConfig.model_validate_json(sys.argv[1]))\n"
@@ -174,15 +174,15 @@ def test_shards_of_another_shard_size_are_not_mixed_in(config):
 
 
 def test_a_second_run_is_refused_and_leaves_the_first_its_files(config, monkeypatch):
-    make = pipelines.featurize.make_shards
+    make = pipelines.store.featurize.make_shards
 
     def meanwhile(*arguments):
-        monkeypatch.setattr(pipelines.featurize, "make_shards", make)
+        monkeypatch.setattr(pipelines.store.featurize, "make_shards", make)
         with pytest.raises(InputError, match=r"is in use: .* is already running"):
             featurize(config)
         yield from make(*arguments)
 
-    monkeypatch.setattr(pipelines.featurize, "make_shards", meanwhile)
+    monkeypatch.setattr(pipelines.store.featurize, "make_shards", meanwhile)
     report = featurize(config)
     assert (report.made, report.already) == (26, 0)
     with locked(report.store, wait=False):
@@ -201,21 +201,21 @@ def test_weights_that_changed_under_their_name_are_refused(config, monkeypatch):
     report = featurize(config)
     (report.store / "store.json").unlink()
     (report.store / "val/part-00000.parquet").unlink()
-    load = pipelines.shard_maker.load_backbone
+    load = pipelines.store.shard_maker.load_backbone
 
     def another(*arguments):
         backbone = load(*arguments)
         backbone.weights_digest = "0" * 64
         return backbone
 
-    monkeypatch.setattr("pipelines.shard_maker.load_backbone", another)
+    monkeypatch.setattr("pipelines.store.shard_maker.load_backbone", another)
     with pytest.raises(InputError, match="made with other weights"):
         featurize(config)
 
 
 def test_features_beyond_float16_are_refused(config, monkeypatch):
     monkeypatch.setattr(
-        "la.backbone.Backbone.encode", lambda self, photos: torch.full((len(photos), 8, 8, 128), torch.inf)
+        "la.backbone.vit.Backbone.encode", lambda self, photos: torch.full((len(photos), 8, 8, 128), torch.inf)
     )
     with pytest.raises(InputError, match="float16 cannot hold"):
         featurize(config)
@@ -223,7 +223,7 @@ def test_features_beyond_float16_are_refused(config, monkeypatch):
 
 @pytest.mark.parametrize(("photos", "size"), [(20, 16), (6400, 100), (118_287, 1000)])
 def test_a_kill_loses_little_whatever_the_size(photos, size, tmp_path):
-    from la.coco import Dataset, Image
+    from la.data.coco import Dataset, Image
 
     images = {i: Image(i, f"{i}.jpg", 1, 1) for i in range(photos)}
     shards = plan_shards(tmp_path, {"train": Dataset("train", images, {}, {})}, {"train": tmp_path}, None)

@@ -2,8 +2,8 @@
 
 import pytest
 
+from la.data.folds import PASCAL_5I, fold_classes
 from la.errors import InputError
-from la.folds import PASCAL_5I, fold_classes
 
 # COCO's category ids leave gaps: 80 of 1..90.
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]

@@ -23,15 +23,15 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from pycocotools import mask as rle_tools
 
-from la.backbone import _read_state, read_photo
-from la.coco import Dataset, label_map, load_coco
-from la.episodes import Pool
+from la.backbone.vit import _read_state, read_photo
+from la.data.coco import Dataset, label_map, load_coco
+from la.episodes.sampling import Pool
 from la.errors import InputError
-from pipelines.batches import BatchBuilder
-from pipelines.checkpoints import load, save
-from pipelines.episodes import Plan, ensure_episodes
-from pipelines.shards import ShardNote, StoreSettings, shard_file, write_shard
-from pipelines.store import FeatureStore, SplitInfo, StoreInfo, finish_store
+from pipelines.episodes.batches import BatchBuilder
+from pipelines.episodes.episode_shards import Plan, ensure_episodes
+from pipelines.runs.checkpoints import load, save
+from pipelines.store.feature_shards import ShardNote, StoreSettings, shard_file, write_shard
+from pipelines.store.reader import FeatureStore, SplitInfo, StoreInfo, finish_store
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 HEIGHT, WIDTH, GRID, CHANNELS = 24, 32, (2, 2), 3

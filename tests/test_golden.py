@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import pipelines.training as training
+import pipelines.training.run as training
 from pipelines.config import FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
-from pipelines.featurize import featurize
+from pipelines.store.featurize import featurize
 from tests.conftest import TINY
 
 GOLDEN = Path(__file__).parent / "golden" / "debug_50_steps.json"

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from la.batch import pack
-from la.coco import IGNORED
-from la.episodes import Episode, Pair
+from la.data.coco import IGNORED
+from la.episodes.batch import pack
+from la.episodes.sampling import Episode, Pair
 from la.errors import InputError
-from la.losses import iou_loss
-from la.matching import Matching, ObjectMetric, PromptCompletion, smoothed
-from la.model import build, load_state, preset, save_state
+from la.evaluation.losses import iou_loss
+from la.model.label_anything import build, load_state, preset, save_state
+from la.model.matching import Matching, ObjectMetric, PromptCompletion, smoothed
 from pipelines.config import TrainConfig
-from pipelines.training import model_config
+from pipelines.training.run import model_config
 
 SIZE = (40, 40)  # pixels of every photo: ten to a token
 LEFT, RIGHT = torch.tensor([1.0, 0.0, 0.2]), torch.tensor([0.0, 1.0, 0.2])
@@ -106,7 +106,7 @@ def test_maps_are_those_of_the_equations_however_supports_share_the_work(monkeyp
     def mask(_, annotations):
         return torch.rand(16, 16, generator=noise(*annotations))
 
-    monkeypatch.setattr("la.matching.AFFINITIES_AT_ONCE", at_once)
+    monkeypatch.setattr("la.model.matching.AFFINITIES_AT_ONCE", at_once)
     masks = [Pair(support, slot, (support + 10 * slot,), (), ()) for support, slot in ((0, 0), (0, 1), (2, 1))]
     prompts = [Pair(3, 0, (4,), ((5.0, 5.0, 1),), ()), Pair(3, 1, (), (), ((0.0, 0.0, 20.0, 30.0),))]
     first = Episode(0, (7, 8), 100, (1, 2, 3, 4), (*masks, *prompts))
@@ -130,8 +130,8 @@ def test_more_shots_than_fit_in_memory_at_once_give_the_same_maps(monkeypatch):
     pairs = tuple(Pair(n, n % 2, (1,), (), ()) for n in range(5))
     batch = batch_of(*pairs, supports=(1, 2, 101, 3, 102), classes=(7, 8))
     together = Matching(3)(batch)
-    monkeypatch.setattr("la.matching.PAIRS_AT_ONCE", 1)
-    monkeypatch.setattr("la.matching.AFFINITIES_AT_ONCE", 1)
+    monkeypatch.setattr("la.model.matching.PAIRS_AT_ONCE", 1)
+    monkeypatch.setattr("la.model.matching.AFFINITIES_AT_ONCE", 1)
     torch.testing.assert_close(Matching(3)(batch), together)
 
 
@@ -162,7 +162,7 @@ def test_neighbours_of_one_feature_are_compared_as_one_and_give_the_same_maps(mo
     batch = pack([Episode(0, (7, 8), 100, (1, 2, 3, 4, 5), pairs)], features, mask, lambda _: (40, 60))
     matching = Matching(5)
     wanted = matching(batch)
-    monkeypatch.setattr("la.matching.MOST_TOKENS", 5 * 24 / side**2)
+    monkeypatch.setattr("la.model.matching.MOST_TOKENS", 5 * 24 / side**2)
     (annotated,) = matching.annotated(batch)
     assert annotated.keys.shape == (5, -(-4 // side) * (6 // side), 5)
     torch.testing.assert_close(matching(batch), wanted, atol=1e-5, rtol=1e-4)
@@ -174,7 +174,7 @@ def test_tokens_are_compared_as_one_by_what_their_own_episode_has(monkeypatch):
     def features(images):
         return torch.stack([torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(i)) for i in images])
 
-    monkeypatch.setattr("la.matching.MOST_TOKENS", 48)
+    monkeypatch.setattr("la.model.matching.MOST_TOKENS", 48)
     many = Episode(0, (7, 8), 100, (1, 2, 3, 4, 5), tuple(Pair(n, n % 2, (n,), (), ()) for n in range(5)))
     few = Episode(1, (7, 8), 101, (6, 7, 8), tuple(Pair(n, n % 2, (n,), (), ()) for n in range(3)))
     matching = Matching(6)

@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from la.batch import EpisodeBatch
-from la.coco import Image
+from la.backbone.quantised import Quantised, quantise
+from la.data.coco import Image
+from la.episodes.batch import EpisodeBatch
 from la.errors import InputError
-from la.quantised import Quantised, quantise
-from pipelines.batches import BatchBuilder
 from pipelines.config import EvaluateConfig, FeaturizeConfig
-from pipelines.convert import convert
 from pipelines.demo.scenes import draw_scenes
-from pipelines.episodes import draw, evaluation_plan
-from pipelines.evaluate import evaluate
-from pipelines.featurize import featurize
-from pipelines.shards import ShardNote, write_shard
-from pipelines.store import FeatureStore
+from pipelines.episodes.batches import BatchBuilder
+from pipelines.episodes.episode_shards import draw, evaluation_plan
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.store.convert import convert
+from pipelines.store.feature_shards import ShardNote, write_shard
+from pipelines.store.featurize import featurize
+from pipelines.store.reader import FeatureStore
 from pipelines.workspace import Workspace
 from tests.conftest import TINY
 

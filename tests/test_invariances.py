@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from la.batch import dense_grid, pack
-from la.episodes import Episode, Pair
-from la.model import LabelAnything, build, preset
+from la.episodes.batch import dense_grid, pack
+from la.episodes.sampling import Episode, Pair
+from la.model.label_anything import LabelAnything, build, preset
 from tests.plain_model import plain_logits
 
 GRID, CHANNELS, SIZE = (5, 5), 12, (100, 200)

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from la.coco import IGNORED
-from la.metrics import FewShotIoU, bootstrap_interval, score_episode
+from la.data.coco import IGNORED
+from la.evaluation.metrics import FewShotIoU, bootstrap_interval, score_episode
 
 
 def test_iou_by_hand():

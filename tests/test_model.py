@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from la.attention import Attention
-from la.batch import pack
-from la.episodes import Episode, Pair
+from la.episodes.batch import pack
+from la.episodes.sampling import Episode, Pair
 from la.errors import InputError
-from la.losses import focal_loss
-from la.model import LabelAnything, ModelConfig, build, load_state, preset, save_state
+from la.evaluation.losses import focal_loss
+from la.model.attention import Attention
+from la.model.label_anything import LabelAnything, ModelConfig, build, load_state, preset, save_state
 from la.schedules import warmup_cosine
 
 GRID, CHANNELS = (6, 6), 24

@@ -7,11 +7,11 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import cli
-from la.batch import EpisodeBatch, Pairs, ranks
+from la.episodes.batch import EpisodeBatch, Pairs, ranks
 from la.errors import InputError
-from la.model import LabelAnything, preset
-from la.official import from_official, to_official
-from pipelines.official import export_official, import_official
+from la.model.label_anything import LabelAnything, preset
+from la.model.official_names import from_official, to_official
+from pipelines.runs.official_files import export_official, import_official
 from tests.conftest import SHARED
 
 CASES = ("mask_1way_1shot", "mask_2way_1shot_partial", "mask_3way_one_image", "box_point_mask_2way_2shot")

@@ -13,16 +13,16 @@ from typer.testing import CliRunner
 
 from cli import app
 from la.errors import InputError
-from la.predictor import Predictor
-from la.support_set import load_supports, save_supports
-from la.user_prompts import Box, Points
-from pipelines.bench_predict import bench_predict
+from la.predictor.predictor import Predictor
+from la.predictor.support_set import load_supports, save_supports
+from la.predictor.user_prompts import Box, Points
+from pipelines.bench.query_latency import bench_predict
 from pipelines.config import PredictConfig
 from pipelines.demo.scenes import draw_scenes
-from pipelines.export import export_heads
-from pipelines.mask_files import palette
-from pipelines.predict import predict
-from pipelines.support_files import read_support_files
+from pipelines.predict.export import export_heads
+from pipelines.predict.mask_files import palette
+from pipelines.predict.segment_folder import predict
+from pipelines.predict.support_files import read_support_files
 
 
 @pytest.fixture(scope="module")

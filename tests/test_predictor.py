@@ -10,26 +10,26 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 from torch.nn import functional as F
 
-from la.baselines import mask_coverage
-from la.checkpoint import BUNDLED_WEIGHTS, read_checkpoint
-from la.coco import decode
-from la.decoder import segment
+from la.data.coco import decode
 from la.device import pick_device
 from la.errors import InputError
-from la.learned import learn
-from la.model import build, preset, save_state
-from la.predictor import Predictor
-from la.support_set import load_supports, merged
-from la.user_prompts import Box, Points
-from pipelines.batches import BatchBuilder
+from la.evaluation.baselines import mask_coverage
+from la.model.decoder import segment
+from la.model.label_anything import build, preset, save_state
+from la.predictor.checkpoint import BUNDLED_WEIGHTS, read_checkpoint
+from la.predictor.encoded_supports import learn
+from la.predictor.predictor import Predictor
+from la.predictor.support_set import load_supports, merged
+from la.predictor.user_prompts import Box, Points
 from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
-from pipelines.episodes import draw, evaluation_plan
-from pipelines.featurize import featurize
-from pipelines.methods import find_method
-from pipelines.predict_episodes import predictor as predictor_of_episodes
-from pipelines.store import FeatureStore
-from pipelines.training import checkpoint
+from pipelines.episodes.batches import BatchBuilder
+from pipelines.episodes.episode_shards import draw, evaluation_plan
+from pipelines.evaluation.methods import find_method
+from pipelines.evaluation.shared_work import predictor as predictor_of_episodes
+from pipelines.store.featurize import featurize
+from pipelines.store.reader import FeatureStore
+from pipelines.training.run import checkpoint
 
 SIZE = (96, 128)  # height and width of a photo, pixels
 

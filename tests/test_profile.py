@@ -12,9 +12,9 @@ import cli
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig
 from pipelines.demo.scenes import draw_scenes
-from pipelines.featurize import featurize
-from pipelines.profile import ProfileResult, ProfileRow, run_profile
-from pipelines.profile_cell import Cell, Memory, measure
+from pipelines.evaluation.profile import ProfileResult, ProfileRow, run_profile
+from pipelines.evaluation.profile_cell import Cell, Memory, measure
+from pipelines.store.featurize import featurize
 from pipelines.workspace import Workspace
 from tests.conftest import TINY
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from la.retrieval import SupportIndex, descriptor
+from la.episodes.retrieval import SupportIndex, descriptor
 from pipelines.config import EvaluateConfig
-from pipelines.episodes import evaluation_plan
+from pipelines.episodes.episode_shards import evaluation_plan
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """What the measurement of very many images makes, at a small size."""
 
-from la.coco import decode
-from pipelines.bench_scale import OBJECTS, bench_scale, large_store, training_episodes
-from pipelines.store import FeatureStore
+from la.data.coco import decode
+from pipelines.bench.scale import OBJECTS, bench_scale, large_store, training_episodes
+from pipelines.store.reader import FeatureStore
 
 
 def test_a_made_up_store_is_a_real_one(tmp_path):

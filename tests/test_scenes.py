@@ -12,8 +12,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from safetensors.torch import load_file
 
-import la.vit_demo  # noqa: F401  (makes the model known to timm)
-from pipelines.demo import drawing, kinds, pretrain, scenes
+import la.backbone.vit_demo  # noqa: F401  (makes the model known to timm)
+from pipelines.demo import drawing, scenes
+from tools.demo_pretrain import other_objects, pretrain
 
 WEIGHTS = Path(scenes.__file__).with_name("vit_demo.safetensors")
 SMALL = {"train_images": 12, "val_images": 8}
@@ -149,7 +150,7 @@ def test_pretraining_kinds_are_not_the_classes():
     assert pool["images"].shape == (2, 128, 128, 3)
     assert pool["kinds"][..., 0].max() < pretrain.OUTLINES
     rng = np.random.default_rng([0, 0])
-    for outline in (kinds.random_outline(rng) for _ in range(pretrain.OUTLINES)):
+    for outline in (other_objects.random_outline(rng) for _ in range(pretrain.OUTLINES)):
         assert not any(
             outline.shape == shape.shape and np.allclose(outline, shape, atol=0.05) for shape in drawing.SHAPES.values()
         )
@@ -157,15 +158,15 @@ def test_pretraining_kinds_are_not_the_classes():
 
 def test_measures_ignore_turns_and_tell_shapes_apart():
     turn = np.array([[np.cos(1.0), np.sin(1.0)], [-np.sin(1.0), np.cos(1.0)]])
-    rows = {name: kinds.measure_outline(outline) for name, outline in drawing.SHAPES.items()}
+    rows = {name: other_objects.measure_outline(outline) for name, outline in drawing.SHAPES.items()}
     for name, outline in drawing.SHAPES.items():
-        turned = kinds.measure_outline(0.5 * outline @ turn + 7)
+        turned = other_objects.measure_outline(0.5 * outline @ turn + 7)
         assert np.abs(turned - rows[name]).max() < 0.15
         assert np.abs(turned - rows[name]).mean() < 0.04
     assert rows["disc"][0] > 0.9 > rows["square"][0]
     assert rows["star"][7] == max(rows["star"][3:11])  # five waves around
-    striped = kinds.measure_texture(drawing.TEXTURES["striped"])
-    ringed = kinds.measure_texture(drawing.TEXTURES["ringed"])
+    striped = other_objects.measure_texture(drawing.TEXTURES["striped"])
+    ringed = other_objects.measure_texture(drawing.TEXTURES["ringed"])
     assert abs(striped[12]) < 0.1 < 0.8 < ringed[12]  # edges that point at the centre
 
 

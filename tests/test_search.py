@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 
 import cli
 from la.errors import InputError
-from la.model import preset
+from la.model.label_anything import preset
 from pipelines.config import TrainConfig
-from sweeps.search import SearchResult
-from sweeps.search_state import KEPT, Search, run_searched
-from sweeps.space import own_settings, train_command, train_config
+from sweeps.search.search_run import SearchResult
+from sweeps.search.search_state import KEPT, Search, run_searched
+from sweeps.search.space import own_settings, train_command, train_config
 from sweeps.trial import finished
 
 
@@ -132,7 +132,7 @@ def test_the_printed_command_is_the_very_training(tmp_path, monkeypatch, changes
         found.append(config)
         raise InputError("far enough")
 
-    monkeypatch.setattr("pipelines.training.train", caught)
+    monkeypatch.setattr("pipelines.training.run.train", caught)
     for job in [search.job(trial) for trial in search.study.trials]:
         words = shlex.split(train_command(job.train, search.config.batch_scale))
         assert words[:2] == ["python", "cli.py"]

@@ -16,16 +16,16 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle_tools
 
-from la.backbone import load_backbone, read_photo
-from la.coco import Annotation, decode, find_splits, load_coco
+from la.backbone.vit import load_backbone, read_photo
+from la.data.coco import Annotation, decode, find_splits, load_coco
+from la.data.rle import MAX_OUTLINE, MAX_PIXELS, compress, run_lengths
 from la.errors import InputError
-from la.rle import MAX_OUTLINE, MAX_PIXELS, compress, run_lengths
 from pipelines.cluster import ray_session
-from pipelines.official import import_official
-from pipelines.rehearsal import some_photos
-from pipelines.tracking import ui_command
+from pipelines.runs.official_files import import_official
+from pipelines.tracking.mlflow_runs import ui_command
 from pipelines.workspace import Workspace
 from tests.conftest import TINY
+from tools.plan_check.rehearsal import some_photos
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = [p for folder in ("la", "pipelines", "sweeps", "commands") for p in sorted((ROOT / folder).rglob("*.py"))]

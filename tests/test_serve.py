@@ -23,16 +23,16 @@ from typer.testing import CliRunner
 fastapi_test = pytest.importorskip("fastapi.testclient")
 
 from cli import app  # noqa: E402
-from la.predictor import Predictor  # noqa: E402
-from la.user_prompts import Box, Points  # noqa: E402
+from la.predictor.predictor import Predictor  # noqa: E402
+from la.predictor.user_prompts import Box, Points  # noqa: E402
 from pipelines.config import ServeConfig  # noqa: E402
 from pipelines.demo.scenes import draw_scene  # noqa: E402
+from pipelines.predict.support_files import read_support_files  # noqa: E402
 from pipelines.serve.annotating import AnnotatedPhoto, Session  # noqa: E402
 from pipelines.serve.api import build_api  # noqa: E402
 from pipelines.serve.jobs import Jobs, Refused, Upload  # noqa: E402
 from pipelines.serve.queue import model_queue  # noqa: E402
 from pipelines.serve.service import ClassSets, Service, clean_name  # noqa: E402
-from pipelines.support_files import read_support_files  # noqa: E402
 
 
 def png_of(pixels: np.ndarray) -> bytes:

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from la.coco import Annotation, Dataset, Image
+from la.data.coco import Annotation, Dataset, Image
 from la.errors import InputError
-from pipelines.annotations import read_dataset, write_dataset
-from pipelines.shards import MappedShard, ShardNote, StoreSettings, shard_file, write_shard
-from pipelines.store import FeatureStore, SplitInfo, StoreInfo, finish_store
+from pipelines.store.annotations import read_dataset, write_dataset
+from pipelines.store.feature_shards import MappedShard, ShardNote, StoreSettings, shard_file, write_shard
+from pipelines.store.reader import FeatureStore, SplitInfo, StoreInfo, finish_store
 from pipelines.workspace import Workspace
 
 SHAPE = (3, 3, 5)

@@ -14,23 +14,23 @@ from fake_sweep import STEPS, fake_config, fake_evaluate, fake_store, fake_train
 from pycocotools import mask as rle_tools
 from rich.console import Console
 
-from la.coco import Annotation, Dataset, Image
+from la.data.coco import Annotation, Dataset, Image
 from la.errors import InputError, TooFewImages
-from pipelines.batches import BatchBuilder
+from pipelines.bench.random_store import made_up_features
 from pipelines.config import TrialPlacement
-from pipelines.episodes import Plan, pool_of
-from pipelines.made_up import made_up_features
-from pipelines.store import FeatureStore
-from pipelines.tracking import Tracker, TrackingError
+from pipelines.episodes.batches import BatchBuilder
+from pipelines.episodes.episode_shards import Plan, pool_of
+from pipelines.store.reader import FeatureStore
+from pipelines.tracking.mlflow_runs import Tracker, TrackingError
 from pipelines.workspace import Workspace, locked
-from sweeps.ablations import ABLATIONS, ablation_tables
 from sweeps.display import SweepDisplay
-from sweeps.folds import fold_tables
 from sweeps.plan import plan_sweep
-from sweeps.prompts import PAPER
 from sweeps.records import SweepRuns, over_folds
 from sweeps.runner import SweepResult, trial_resources
-from sweeps.studies import STUDIES
+from sweeps.studies.ablations import ABLATIONS, ablation_tables
+from sweeps.studies.across_folds import fold_tables
+from sweeps.studies.prompts import PAPER
+from sweeps.studies.registry import STUDIES
 from sweeps.trial import read_result, run_trial
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")
@@ -281,7 +281,7 @@ def test_a_trial_that_fits_nowhere_is_refused(monkeypatch, place, workers, messa
 
 READ_A_STORE = """
 import sys
-from pipelines.store import FeatureStore
+from pipelines.store.reader import FeatureStore
 
 def kilobytes():
     lines = [line.split() for line in open("/proc/self/smaps_rollup")]

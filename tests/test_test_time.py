@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from la.batch import pack
-from la.episodes import Episode, Pair
-from la.model import LabelAnything, preset
-from la.test_time import averaged_over_draws, with_background_prompts, with_flips
+from la.episodes.batch import pack
+from la.episodes.sampling import Episode, Pair
+from la.evaluation.test_time import averaged_over_draws, with_background_prompts, with_flips
+from la.model.label_anything import LabelAnything, preset
 
 CHANNELS = 8
 

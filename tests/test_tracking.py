@@ -9,9 +9,9 @@ from fake_sweep import fake_store
 
 from la.errors import InputError
 from pipelines.config import EvaluateConfig, TrainConfig
-from pipelines.identity import NONE, fold_params, metric_key
-from pipelines.store import FeatureStore
-from pipelines.tracking import Tracker, log_evaluation, log_training, serve_ui, ui_command
+from pipelines.store.reader import FeatureStore
+from pipelines.tracking.mlflow_runs import Tracker, log_evaluation, log_training, serve_ui, ui_command
+from pipelines.tracking.run_params import NONE, fold_params, metric_key
 from pipelines.workspace import Workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")

@@ -8,27 +8,27 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from la.baselines import BASELINES
+from la.data.folds import fold_classes
+from la.episodes.protocols import PROTOCOLS
 from la.errors import InputError
-from la.folds import fold_classes
-from la.metrics import FewShotIoU
-from la.model import LabelAnything
-from la.model import preset as preset_of
-from la.official import to_official
-from la.protocols import PROTOCOLS
-from pipelines.batches import BatchBuilder
-from pipelines.checkpoints import load, save
+from la.evaluation.baselines import BASELINES
+from la.evaluation.metrics import FewShotIoU
+from la.model.label_anything import LabelAnything
+from la.model.label_anything import preset as preset_of
+from la.model.official_names import to_official
 from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
-from pipelines.episodes import draw, ensure_episodes, evaluation_plan, training_plan
-from pipelines.evaluate import evaluate, extremes_of, score
-from pipelines.featurize import featurize
-from pipelines.methods import find_method, latest_run
-from pipelines.official import import_official
-from pipelines.predict_episodes import predictor
-from pipelines.ray_train import STARTS, Desk
-from pipelines.store import FeatureStore
-from pipelines.training import Worker, read_ahead, run_dir_of, train, train_loop, training_plans
+from pipelines.episodes.batches import BatchBuilder
+from pipelines.episodes.episode_shards import draw, ensure_episodes, evaluation_plan, training_plan
+from pipelines.evaluation.evaluate import evaluate, extremes_of, score
+from pipelines.evaluation.methods import find_method, latest_run
+from pipelines.evaluation.shared_work import predictor
+from pipelines.runs.checkpoints import load, save
+from pipelines.runs.official_files import import_official
+from pipelines.store.featurize import featurize
+from pipelines.store.reader import FeatureStore
+from pipelines.training.run import Worker, read_ahead, run_dir_of, train, train_loop, training_plans
+from pipelines.training.train_on_ray import STARTS, Desk
 from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS
 
 
@@ -73,7 +73,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(workspace, monkeyp
     config = settings(workspace, lr=1.1e-3, preset=preset)
     whole = train(config)
     expected = weights_of(whole.run_dir / "last.pt")
-    import pipelines.training as module
+    import pipelines.training.run as module
 
     real, saves = module.save_last, []
 
@@ -345,7 +345,7 @@ def test_evaluation_gives_the_same_bits_again_and_about_the_same_one_by_one(work
     config = EvaluateConfig(workspace=workspace, checkpoint=run.run_dir, seeds=1, episodes=9)
     together = evaluate(config)
     assert evaluate(config) == together
-    monkeypatch.setattr("pipelines.evaluate.SUPPORTS_AT_ONCE", 1)
+    monkeypatch.setattr("pipelines.evaluation.evaluate.SUPPORTS_AT_ONCE", 1)
     apart = evaluate(config)
     assert apart.miou == pytest.approx(together.miou, abs=0.05)
     assert apart.episodes_digest == together.episodes_digest
@@ -514,7 +514,7 @@ def test_galleries_show_no_episode_twice():
 
 
 def test_the_nearest_supports_are_those_most_like_the_query_and_the_rest_of_an_episode_stays(workspace):
-    from pipelines.episodes import evaluation_plan
+    from pipelines.episodes.episode_shards import evaluation_plan
 
     store = FeatureStore(next((workspace / "features").iterdir()))
     config = EvaluateConfig(workspace=workspace, classes="seen", shots=2, episodes=6)

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 import cli
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig, VerifyConfig
-from pipelines.featurize import featurize
-from pipelines.store import FeatureStore
-from pipelines.verify import verify
+from pipelines.store.featurize import featurize
+from pipelines.store.reader import FeatureStore
+from pipelines.store.verify import verify
 from pipelines.workspace import locked
 from tests.conftest import TINY
 
@@ -85,7 +85,7 @@ def test_bad_tables_are_found_and_written_again_without_featurizing(config, name
     (store.path / name).write_bytes(whole[:-30])
     assert list(verify(config).bad) == [name]
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.shard_maker.load_backbone", lambda *a: pytest.fail("the model was loaded"))
+        patch.setattr("pipelines.store.shard_maker.load_backbone", lambda *a: pytest.fail("the model was loaded"))
         mended = verify(config.model_copy(update={"repair": True}))
     assert (mended.bad, mended.repaired) == ({}, {name: "made again"})
     assert (store.path / name).read_bytes() == whole

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from la.user_prompts import Box, Points, Prompt
-from pipelines.mask_files import shape_of
+from la.predictor.user_prompts import Box, Points, Prompt
+from pipelines.predict.mask_files import shape_of
 from pipelines.serve.jobs import Upload
 
 Tool = Literal["inside", "outside", "box", "brush", "eraser"]

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from la.backbone import PHOTO_FORMATS
+from la.backbone.vit import PHOTO_FORMATS
+from la.data.photos import open_photo
 from la.errors import InputError
-from la.learned import Learned
-from la.photos import open_photo
-from la.predictor import PhotoPrompts, Predictor
-from la.support_set import Support, SupportSet
+from la.predictor.encoded_supports import Learned
+from la.predictor.predictor import PhotoPrompts, Predictor
+from la.predictor.support_set import Support, SupportSet
 from pipelines.config import ServeConfig
 
 PREVIEW = 1280  # pixels of the longer side of what is shown; marks and masks are of the photo's own size

@@ -16,8 +16,8 @@ from nicegui import events, ui
 from PIL import Image
 
 from la.errors import InputError
-from la.predictor import PhotoPrompts
-from la.support_set import Support
+from la.predictor.predictor import PhotoPrompts
+from la.predictor.support_set import Support
 from pipelines.demo.drawing import Scene
 from pipelines.demo.scenes import CLASS_NAMES, PAIRS, draw_scene
 from pipelines.serve.annotating import AnnotatedPhoto, Session

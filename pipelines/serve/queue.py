@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
-from la.predictor import Predictor
+from la.predictor.predictor import Predictor
 from pipelines.config import ServeConfig
 from pipelines.serve.jobs import Jobs, Refused
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from pycocotools import mask as rle_tools
 
-from pipelines.mask_files import coco_results, indexed, palette
+from pipelines.predict.mask_files import coco_results, indexed, palette
 
 Colour = tuple[int, int, int]  # RGB
 

@@ -8,9 +8,9 @@ import pytest
 from la.errors import InputError
 from pipelines.cluster import ray_session
 from pipelines.config import FeaturizeConfig
-from pipelines.featurize import featurize
-from pipelines.ray_shards import Share, make_with_ray, share_of
-from pipelines.store import FeatureStore
+from pipelines.store.featurize import featurize
+from pipelines.store.featurize_on_ray import Share, make_with_ray, share_of
+from pipelines.store.reader import FeatureStore
 from tests.conftest import TINY
 
 
@@ -53,8 +53,8 @@ def test_a_shard_is_told_once_and_one_that_is_repaired_is_made(monkeypatch, tmp_
     good, bad = (SimpleNamespace(file=tmp_path / name) for name in ("good", "bad"))
     bad.file.touch()
     passes = iter([[(0, "note of good"), (0, "note of good")], [(1, "note of bad")]])
-    monkeypatch.setattr("pipelines.ray_shards._one_pass", lambda *_: iter(next(passes)))
-    monkeypatch.setattr("pipelines.ray_shards.ray_session", nullcontext)
+    monkeypatch.setattr("pipelines.store.featurize_on_ray._one_pass", lambda *_: iter(next(passes)))
+    monkeypatch.setattr("pipelines.store.featurize_on_ray.ray_session", nullcontext)
     made = list(make_with_ray(SimpleNamespace(device="cpu"), None, [good, bad], lambda *_: None))
     assert made == [(good, "note of good"), (bad, "note of bad")]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from la.errors import InputError
-from pipelines.tracking import Tracker
+from pipelines.tracking.mlflow_runs import Tracker
 from pipelines.workspace import Workspace
 
 START_SECONDS = 60  # for the server on a busy machine

@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 import cli
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig, VerifyConfig
-from pipelines.drill_s3 import Server, s3_server
-from pipelines.featurize import featurize
-from pipelines.places import filesystem, place
-from pipelines.remote import RemoteStores
-from pipelines.shard_maker import ShardMaker, encode
-from pipelines.store import FeatureStore
-from pipelines.verify import verify
+from pipelines.remote_path import filesystem, place
+from pipelines.store.featurize import featurize
+from pipelines.store.reader import FeatureStore
+from pipelines.store.remote_store import RemoteStores
+from pipelines.store.shard_maker import ShardMaker, encode
+from pipelines.store.verify import verify
 from tests.conftest import TINY
+from tools.drill.s3_server import Server, s3_server
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_a_pulled_store_takes_the_place_of_a_finished_one(config, tmp_path, monk
     store = featurize(config).store
     uri = (tmp_path / "shared").as_uri()
     RemoteStores(uri).push(store)
-    monkeypatch.setattr("pipelines.shard_maker.encode", otherwise_rounded)
+    monkeypatch.setattr("pipelines.store.shard_maker.encode", otherwise_rounded)
     other = featurize(config.model_copy(update={"workspace": tmp_path / "other"})).store
     with killed_after(3, RemoteStores, "_fetch"):
         RemoteStores(uri).pull(other.parent)
@@ -132,7 +132,7 @@ def test_a_push_takes_the_place_of_another_run_and_goes_on_where_it_was_killed(c
     files = len(list(store.rglob("[!.]*.*")))
     other = config.model_copy(update={"workspace": tmp_path / "other", "features": uri})
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.shard_maker.encode", otherwise_rounded)
+        patch.setattr("pipelines.store.shard_maker.encode", otherwise_rounded)
         with killed_after(3):
             featurize(other)
         with killed_after(2, RemoteStores, "put"):
@@ -159,7 +159,7 @@ def test_an_interrupted_copy_leaves_nothing(uri, tmp_path, monkeypatch, kind):
                 raise KeyboardInterrupt
             return super().read(4)
 
-    monkeypatch.setattr("pipelines.remote.open", lambda *_: Interrupted(b"a whole file"), raising=False)
+    monkeypatch.setattr("pipelines.store.remote_store.open", lambda *_: Interrupted(b"a whole file"), raising=False)
     with pytest.raises(KeyboardInterrupt):
         RemoteStores(uri).put(tmp_path / "key", "store.json")
     assert RemoteStores(uri)._sizes("key") == {}
@@ -239,6 +239,6 @@ def test_a_password_in_a_uri_is_refused():
 @pytest.mark.parametrize("where", ["s3://no-such-bucket/coco", "nonsense://x", "s3://"])
 def test_a_folder_that_cannot_be_reached_is_told(config, where, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr("pipelines.places.PATIENCE", 0.1)
+    monkeypatch.setattr("pipelines.remote_path.PATIENCE", 0.1)
     with pytest.raises(InputError, match=re.escape(where)):
         featurize(config.model_copy(update={"coco_dir": place(where)}))

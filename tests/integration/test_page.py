@@ -14,8 +14,8 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 
-from la.predictor import Predictor
-from la.user_prompts import Box, Points
+from la.predictor.predictor import Predictor
+from la.predictor.user_prompts import Box, Points
 
 pytest.importorskip("nicegui")
 FIRST, SECOND = "wavy disc", "star & <b>"

@@ -15,8 +15,8 @@ import pytest
 from page_driver import Marker, add_class, files_of, opened, saved, served, upload
 from PIL import Image
 
-from la.predictor import Predictor
-from la.user_prompts import Box
+from la.predictor.predictor import Predictor
+from la.predictor.user_prompts import Box
 
 pytest.importorskip("nicegui")
 USERS = 8

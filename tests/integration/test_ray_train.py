@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from la.errors import InputError
-from pipelines.bench_training import bench_training
-from pipelines.checkpoints import load
+from pipelines.bench.training_speed import bench_training
 from pipelines.cluster import ray_session, wait_for
 from pipelines.config import FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
-from pipelines.featurize import featurize
-from pipelines.notice import Stopped
-from pipelines.ray_train import _takes_gpus
-from pipelines.training import run_dir_of, train
+from pipelines.runs.checkpoints import load
+from pipelines.store.featurize import featurize
+from pipelines.training.run import run_dir_of, train
+from pipelines.training.stop import Stopped
+from pipelines.training.train_on_ray import _takes_gpus
 from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS
 
 

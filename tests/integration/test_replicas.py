@@ -17,7 +17,7 @@ pytest.importorskip("grpc_reflection")  # of the extra `serve`: Ray Serve does w
 from ray import cloudpickle  # noqa: E402
 
 from la.errors import InputError  # noqa: E402
-from la.user_prompts import Box, Points  # noqa: E402
+from la.predictor.user_prompts import Box, Points  # noqa: E402
 from pipelines.config import ServeConfig  # noqa: E402
 from pipelines.demo.scenes import draw_scene  # noqa: E402
 from pipelines.serve.api import build_api  # noqa: E402

@@ -16,11 +16,11 @@ from ray.util import placement_group_table
 from pipelines.cluster import ray_session
 from pipelines.config import FeaturizeConfig, SearchConfig
 from pipelines.demo.scenes import draw_scenes
-from pipelines.featurize import featurize
+from pipelines.store.featurize import featurize
 from pipelines.workspace import Workspace
-from sweeps import search_state
 from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS
-from sweeps.search import run_search
+from sweeps.search import search_state
+from sweeps.search.search_run import run_search
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")  # MLflow's own
@@ -88,7 +88,7 @@ def test_after_an_early_stop_of_two_workers_the_next_two_start_and_nothing_is_le
         search.study.tell(trial.number, state=search_state.TrialState.FAIL)
     ended = []
     with ray_session():
-        monkeypatch.setattr("sweeps.search._Settle.finished", told(ended, "sweeps.search"))
+        monkeypatch.setattr("sweeps.search.search_run._Settle.finished", told(ended, "sweeps.search.search_run"))
         started = time.monotonic()
         result = run_search(config)
         assert not result.failed

@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from pipelines.drill import drill
+from tools.drill.run_drill import drill
 
 
 @pytest.mark.timeout(300)

@@ -1,0 +1,1 @@
+"""Photos, annotations, masks and folds: what a data set is, before any feature."""

@@ -1,0 +1,1 @@
+"""Metrics, losses and training-free baselines (paper section 5.1)."""

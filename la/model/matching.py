@@ -1,0 +1,337 @@
+"""What training-free matching knows of a query, for every class of an episode: maps that a decoder can read.
+
+Prototypes and affinities of annotated pairs are summed over shots before anything looks at them, so each shot sharpens
+the same maps. Between query and support maps of n tokens an affinity has n x n entries; they are made for a few
+supports at a time, once for all classes that a support shows, and never kept. Their cost is linear in the number of
+supports up to `MOST_TOKENS`, and never more than that: beyond, a support's neighbouring tokens are compared as one.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from la.episodes.batch import EpisodeBatch
+from la.evaluation.baselines import box_coverage, mask_coverage, point_coverage
+
+PAIRS_AT_ONCE = 8  # whose tokens are summed together
+MOST_TOKENS = 10_000  # of an episode's supports for affinity: 11 photos of 30 x 30, each token by itself
+AFFINITIES_AT_ONCE = 2**21  # entries in memory together, 8 MB: what is worked on in place should not leave the cache
+TEMPERATURES = (0.1, 0.05)  # of affinities; where one is half of that before it, a square takes an exponential's place
+SMOOTHING = 0.07  # temperature at which a query token takes after the tokens that resemble it
+EPSILON = 1e-4  # shares are kept so far from 0 and 1, where log odds are infinite
+
+
+class ObjectMetric(nn.Module):
+    """A linear map of features in which objects of one class lie together, fitted in closed form to labelled objects.
+
+    An object is the mean of the unit features that its mask covers, o. With m the mean of objects and S their mean
+    covariance within a class, x becomes (S / tr(S) D + shrinkage I)^-1/2 (x - m): linear discriminant analysis with a
+    metric that carries over to classes it was not fitted to. Before `fit` it is the identity.
+    """
+
+    shrinkage = 2.0
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("map", torch.eye(channels))
+
+    def fit(self, objects: Tensor, classes: Tensor) -> None:
+        """objects (n, D), classes (n,) long; classes of a single object say nothing of the spread and are left out."""
+        objects = objects.to(self.mean)
+        number = classes.unique(return_inverse=True)[1].to(objects.device)
+        counts = number.bincount()
+        centres = torch.zeros(len(counts), objects.shape[1]).to(objects).index_add_(0, number, objects)
+        apart = (objects - (centres / counts[:, None])[number])[counts[number] > 1]
+        values, vectors = torch.linalg.eigh(apart.T @ apart)
+        scale = (values / values.mean().clamp(min=1e-12) + self.shrinkage).rsqrt()
+        self.mean.copy_(objects.mean(0))
+        self.map.copy_(vectors @ scale.diag() @ vectors.T)
+
+    def forward(self, units: Tensor) -> Tensor:
+        """Unit features (..., D) -> unit features (..., D)."""
+        return F.normalize((units - self.mean) @ self.map, dim=-1)
+
+
+class Matching(nn.Module):
+    """Query against supports, by masked-average prototypes and by affinity, as maps (B, C, K, h, w); slot 0 is zeros.
+
+    `prototypes`: cosines to the class and to the rest of its supports, with `metric` once more in the object metric.
+    `affinity`: log odds of the coverage that a query token reads from the support tokens of all classes of the episode,
+    over those of the mean coverage, at each of `TEMPERATURES`; in the object metric where there is one. Last, three
+    numbers: the logs of the covered share of the supports, of the number of classes, and of the number of shots.
+    """
+
+    def __init__(self, channels: int, prototypes: bool = True, affinity: bool = True, metric: bool = True):
+        super().__init__()
+        self.prototypes, self.affinity = prototypes, affinity
+        self.metric = ObjectMetric(channels) if metric else None
+        self.completion = PromptCompletion()
+        # What each map says for the class before anything is learned: an affinity is a quarter of its log odds.
+        cosines = (1.0, -1.0) * (1 + metric) * prototypes
+        self.votes = (*cosines, *(4 / len(TEMPERATURES) for _ in TEMPERATURES if affinity), 0.0, 0.0, 0.0)
+        self.maps = len(self.votes)
+
+    @torch.no_grad()
+    def forward(self, batch: EpisodeBatch | Iterable[EpisodeBatch]) -> Tensor:
+        """-> (B, C, K, h, w), in the precision of the module's buffers.
+
+        The supports of the same episodes in chunks (see `la.episodes.batch.pack`) give the same in less memory.
+        """
+        chunks = iter([batch] if isinstance(batch, EpisodeBatch) else batch)
+        first = next(chunks)
+        supports = (part for chunk in itertools.chain([first], chunks) for part in self.annotated(chunk))
+        return self.match(first.query, first.slots, supports)
+
+    @torch.no_grad()
+    def annotated(self, batch: EpisodeBatch) -> list["Annotated"]:
+        """What matching needs of the supports of a batch, whatever the query; parts with as many keys a support."""
+        with torch.autocast(batch.support.device.type, enabled=False):  # bfloat16 cannot tell cosines near 1 apart
+            support = self._units(batch.support)
+            shown = (batch.pairs.slot % batch.slots.shape[1] > 0).nonzero()[:, 0]  # background pairs have no prompts
+            slot, photo = batch.pairs.slot[shown], batch.pair_support[shown]
+            weight = self.completion(batch, support)[shown]
+            keys = self._in_metric(support) if self.affinity else support  # once, however many classes a photo shows
+            grid = batch.support.shape[1:3]
+            sides = [_side(count, grid) for count in batch.support_counts]
+            if len(set(sides)) == 1:
+                return [Annotated.of(slot, photo, weight, support, keys, grid, sides[0])]
+            found = []
+            for side in sorted(set(sides)):
+                rows = torch.tensor([row for row, its in enumerate(sides) if its == side], device=photo.device)
+                place = photo.new_zeros(len(sides)).index_put((rows,), torch.arange(len(rows), device=photo.device))
+                of = torch.isin(photo, rows)
+                pairs = (slot[of], place[photo[of]], weight[of])
+                found.append(Annotated.of(*pairs, support[rows], keys[rows], grid, side))
+            return found
+
+    @torch.no_grad()
+    def match(self, query: Tensor, slots: Tensor, supports: Iterable["Annotated"]) -> Tensor:
+        """query (B, h, w, D), slots (B, C) bool and the annotated supports, in chunks -> (B, C, K, h, w)."""
+        (b, c), (h, w) = slots.shape, query.shape[1:3]
+        with torch.autocast(query.device.type, enabled=False):
+            query = self._units(query)
+            smooth = self._in_metric(smoothed(query))
+            seen = _Sums(b, c, query)
+            for some in supports:
+                seen.count(some)
+                if self.prototypes:
+                    seen.add(some)
+                if self.affinity:
+                    seen.attend(smooth, some)
+            maps: list[Tensor] = []
+            if self.prototypes:
+                prototypes = F.normalize(seen.covered, dim=-1)
+                maps += seen.cosines(query, prototypes)
+                maps += seen.cosines(smooth, self.metric(prototypes)) if self.metric is not None else []
+            share = seen.cover[0] / seen.cover[1].clamp(min=1)
+            if self.affinity:
+                maps += seen.odds()
+        ways = slots.sum(1).sub(1).to(share).repeat_interleave(c)
+        numbers = (share.clamp(min=EPSILON).log() / 4, ways.clamp(min=1).log(), seen.cover[1].clamp(min=1).log())
+        maps += [number[:, None].expand(-1, h * w) for number in numbers]
+        shown = slots & (torch.arange(c, device=query.device) > 0)
+        return torch.stack(maps, 1).view(b, c, self.maps, h, w) * shown[:, :, None, None, None]
+
+    def _units(self, features: Tensor) -> Tensor:
+        """(B, h, w, D) -> unit features (B, n, D)."""
+        return F.normalize(features.to(self.completion.point.dtype), dim=-1).flatten(1, 2)
+
+    def _in_metric(self, units: Tensor) -> Tensor:
+        return units if self.metric is None else self.metric(units)
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """L supports with p annotated pairs as matching sees them: nothing here depends on a query.
+
+    Their n tokens are m keys: themselves, or the directions of the means of squares of neighbours.
+    """
+
+    slot: Tensor  # (p,) long, episode * C + slot
+    photo: Tensor  # (p,) long, the pair's support
+    weight: Tensor  # (p, m) in 0..1, how much each key belongs to the class
+    mass: Tensor  # (m,) the tokens of each key
+    sums: Tensor  # (2, p, D): the unit tokens of the pair's class, and the rest of its support
+    keys: Tensor  # (L, m, D) in the space of affinity
+
+    @classmethod
+    def of(
+        cls, slot: Tensor, photo: Tensor, weight: Tensor, tokens: Tensor, keys: Tensor, grid: Sequence[int], side: int
+    ) -> "Annotated":
+        """From weights (p, n), unit tokens (L, n, D) and these in the space of affinity, of a grid (h, w)."""
+        shares = torch.stack((weight, 1 - weight), 1)
+        some = zip(shares.split(PAIRS_AT_ONCE), photo.split(PAIRS_AT_ONCE), strict=True)
+        sums = torch.cat([share @ tokens[of] for share, of in some]).transpose(0, 1)
+        mass = torch.ones_like(tokens[0, :, 0])
+        if side > 1:
+            mass = _pooled(mass, grid, side)
+            weight = _pooled(weight, grid, side) / mass
+            keys = F.normalize(_pooled(keys.transpose(1, 2), grid, side).transpose(1, 2), dim=-1)
+        return cls(slot, photo, weight, mass, sums, keys)
+
+    @property
+    def cover(self) -> Tensor:
+        """(p,): the share of its support that a pair's class covers."""
+        return (self.weight * self.mass).sum(1) / self.mass.sum()
+
+    def episode(self, slots: int) -> Tensor:
+        """(L,) long, of each support; 0 for one that no pair is on."""
+        return self.slot.new_zeros(len(self.keys)).index_put((self.photo,), self.slot // slots)
+
+    def values(self, slots: int) -> Tensor:
+        """(L, C, m): how much a support's tokens belong to each class; in place of slot 0, the number of its pairs."""
+        values = self.weight.new_zeros(len(self.keys), slots, self.weight.shape[1])
+        values.flatten(0, 1).index_add_(0, self.photo * slots + self.slot % slots, self.weight)
+        values[:, 0].index_add_(0, self.photo, torch.ones_like(self.weight))
+        return values * self.mass
+
+
+def _side(supports: int, grid: Sequence[int]) -> int:
+    """Of the squares of tokens that are one key where an episode has so many supports of h x w tokens."""
+    return max(1, math.ceil(math.sqrt(supports * math.prod(grid) / MOST_TOKENS)))
+
+
+def keys_of(supports: int, grid: Sequence[int]) -> int:
+    """How many keys each of so many supports of h x w tokens has."""
+    side = _side(supports, grid)
+    return math.prod(-(-n // side) for n in grid)
+
+
+def _pooled(maps: Tensor, grid: Sequence[int], side: int) -> Tensor:
+    """(..., h * w) -> (..., m): sums over squares of `side` x `side`, cut where the grid ends."""
+    h, w = grid
+    square = F.pad(maps.unflatten(-1, (h, w)), (0, -w % side, 0, -h % side))
+    return square.unflatten(-1, (-1, side)).unflatten(-3, (-1, side)).sum((-1, -3)).flatten(-2)
+
+
+class _Sums:
+    """Over the annotated pairs seen so far, by slot: what all maps are made of."""
+
+    def __init__(self, b: int, slots: int, query: Tensor):
+        n, d = query.shape[1:]
+        self.slots = slots
+        self.cover = query.new_zeros(2, b * slots)  # mean weights of the pairs, and their number
+        self.covered = query.new_zeros(2, b * slots, d)  # support tokens of the class, and the rest of its supports
+        # of each temperature, the coverage that query tokens read; in place of slot 0, all attention of the episode
+        self.read = query.new_zeros(len(TEMPERATURES), b, slots, n)
+
+    def count(self, supports: Annotated) -> None:
+        cover = supports.cover
+        self.cover.index_add_(1, supports.slot, torch.stack((cover, torch.ones_like(cover))))
+
+    def add(self, supports: Annotated) -> None:
+        self.covered.index_add_(1, supports.slot, supports.sums)
+
+    def attend(self, query: Tensor, supports: Annotated) -> None:
+        """Unit query tokens (B, n, D) in the space of affinity."""
+        sharp = query.transpose(1, 2) / TEMPERATURES[0]
+        at_once = max(1, AFFINITIES_AT_ONCE // (query.shape[1] * supports.keys.shape[1]))
+        parts = (supports.episode(self.slots), supports.values(self.slots), supports.keys)
+        for episode, values, keys in zip(*(part.split(at_once) for part in parts), strict=True):
+            asking = sharp if len(sharp) == 1 else sharp[episode]
+            # cosines are 1 at most, so the largest exponent is known and no second pass over the shots is needed
+            attention = (keys @ asking).sub_(1 / TEMPERATURES[0]).exp_()
+            for number, temperature in enumerate(TEMPERATURES):
+                if number:
+                    attention.pow_(TEMPERATURES[number - 1] / temperature)
+                self.read[number].index_add_(0, episode, values @ attention)
+
+    def cosines(self, query: Tensor, prototypes: Tensor) -> list[Tensor]:
+        """Unit query tokens (B, n, D) and prototypes (2, B * C, D) -> of the class and the rest, (B * C, n) each."""
+        ready = prototypes.unflatten(1, (-1, self.slots))
+        return list((query @ ready.transpose(2, 3)).transpose(2, 3).flatten(1, 2))
+
+    def odds(self) -> list[Tensor]:
+        """Of each temperature (B * C, n): over the support tokens of all classes of an episode, which compete so."""
+        covered, pairs = self.cover.unflatten(1, (-1, self.slots))
+        mean = covered / pairs.sum(1, keepdim=True).clamp(min=1)
+        found = logit(self.read / self.read[:, :, :1].clamp(min=1e-30))
+        return list(((found - logit(mean)[..., None]) / 4).flatten(1, 2))
+
+
+def logit(share: Tensor) -> Tensor:
+    """Log odds of shares, kept finite."""
+    return share.clamp(EPSILON, 1 - EPSILON).logit()
+
+
+class PromptCompletion(nn.Module):
+    """From the prompts of a pair to how much each support token belongs to it: masks as they are, others completed.
+
+    Around points belong the tokens that resemble one of them more than a threshold, and more than any point outside
+    the object. Inside boxes belong the tokens that resemble the inside more than the outside, by a threshold. Both are
+    cosines that depend on the backbone: `fit` chooses them on objects whose masks are known.
+    """
+
+    softness = 0.02  # of a threshold
+    choices = torch.linspace(-0.3, 0.98, 65)  # steps of 0.02
+
+    def __init__(self):
+        super().__init__()
+        # before `fit`, what fits DINOv2 ViT-S/14 on COCO
+        self.register_buffer("point", torch.tensor(0.92))
+        self.register_buffer("box", torch.tensor(-0.04))
+
+    def fit(self, prompted: EpisodeBatch, masked: EpisodeBatch) -> None:
+        """Choose the threshold of the kind of prompt that `prompted` has; `masked` is the same pairs with masks.
+
+        By the mean soft IoU of completed prompts and masks.
+        """
+        truth = mask_coverage(masked, masked.support.shape[1:3]).flatten(1)[prompted.sparse_pair]
+        evidence = self._evidence(prompted, F.normalize(prompted.support.float(), dim=-1).flatten(1, 2))
+        threshold = self.box if prompted.box_valid.any() else self.point
+        scores = []
+        for choice in self.choices:
+            threshold.fill_(choice)
+            found = self._completed(*evidence)
+            both = (found * truth).sum(1)
+            scores.append((both / (found.sum(1) + truth.sum(1) - both).clamp(min=EPSILON)).mean())
+        threshold.fill_(self.choices[torch.stack(scores).argmax()])
+
+    def forward(self, batch: EpisodeBatch, support: Tensor) -> Tensor:
+        """support (L, n, D) unit features -> (P, n) in 0..1; zeros for background pairs."""
+        weight = mask_coverage(batch, batch.support.shape[1:3]).flatten(1).to(support)
+        pairs = batch.sparse_pair
+        if len(pairs):
+            found = torch.maximum(self._completed(*self._evidence(batch, support)), weight[pairs])
+            weight = weight.index_put((pairs,), found)
+        return weight
+
+    @staticmethod
+    def _evidence(batch: EpisodeBatch, support: Tensor) -> tuple[Tensor, ...]:
+        """Of the S pairs with points or boxes, (S, n) each: what `_completed` takes."""
+        grid, pairs = batch.support.shape[1:3], batch.sparse_pair
+        image = support[batch.pair_support[pairs]]
+        boxes = box_coverage(batch, grid).flatten(1)[pairs].to(support)
+        inside, outside = (F.normalize(torch.einsum("pn,pnd->pd", x, image), dim=-1) for x in (boxes, 1 - boxes))
+        leaning = torch.einsum("pnd,pd->pn", image, inside - outside)
+        on, off = (point_coverage(batch, grid, label).flatten(1)[pairs].to(support) for label in (1, 0))
+        return boxes, leaning, on, _most_alike(image, on), _most_alike(image, off)
+
+    def _completed(self, boxes: Tensor, leaning: Tensor, on: Tensor, resembled: Tensor, repelled: Tensor) -> Tensor:
+        """(S, n) in 0..1: boxes and the cells of points, and the cosines that decide what belongs to them."""
+        boxes = boxes * torch.sigmoid((leaning - self.box) / self.softness)
+        points = torch.sigmoid((resembled - torch.maximum(self.point, repelled)) / self.softness)
+        points = torch.maximum(points * on.amax(1, keepdim=True), on)
+        return torch.maximum(points, boxes)
+
+
+def _most_alike(image: Tensor, cells: Tensor) -> Tensor:
+    """image (P, n, D) unit features, cells (P, n) in 0..1 -> (P, n): cosine to the most similar token marked, or -1."""
+    most = int((cells > 0).sum(1).max())
+    if not most:
+        return torch.full_like(cells, -1.0)
+    marked, index = cells.topk(most, dim=1)
+    keys = image.gather(1, index[..., None].expand(-1, -1, image.shape[-1]))
+    return (image @ keys.transpose(1, 2)).masked_fill(marked[:, None] == 0, -1.0).amax(-1)
+
+
+def smoothed(units: Tensor) -> Tensor:
+    """Unit tokens (B, n, D), each the mean of those that resemble it: one token says little of the object it is of."""
+    alike = (units @ (units / SMOOTHING).transpose(1, 2)).sub_(1 / SMOOTHING).exp_()
+    return F.normalize(alike @ units, dim=-1)

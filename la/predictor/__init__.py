@@ -1,0 +1,1 @@
+"""The trained model on photos and prompts of one's own."""

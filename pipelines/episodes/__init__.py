@@ -1,0 +1,1 @@
+"""How episodes are kept: drawn once into Parquet, read as batches."""

@@ -1,0 +1,80 @@
+"""Episodes of a store as tensors: features from its shards, masks from its annotations."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+from PIL import Image as Pillow
+from torch import Tensor
+from torch.nn import functional as F
+
+from la.data.coco import Dataset, decode, drawing_order, label_map
+from la.episodes.batch import EpisodeBatch, pack
+from la.episodes.sampling import Episode
+from pipelines.store.reader import FeatureStore
+
+CACHE_BYTES = 300e6  # of small masks kept in memory by each process
+
+
+class BatchBuilder:
+    """Packs episodes of one split of a store.
+
+    The truth comes at four cells to a feature cell, mask prompts too or at `mask_px` a side.
+    """
+
+    def __init__(self, store: FeatureStore, split: str, mask_px: int | None = None):
+        self.store = store
+        self.dataset = store.dataset(split)
+        self.truth_size = tuple(4 * n for n in store.info.grid)
+        self.mask_size = (mask_px, mask_px) if mask_px else self.truth_size
+        # a cache of a method would hold the builder, and a builder that holds itself outlives its use by many trials
+        room = int(CACHE_BYTES / (self.mask_size[0] * self.mask_size[1]))
+        self._coverage = lru_cache(room)(partial(_draw_coverage, self.dataset))
+
+    def pack(self, episodes: Sequence[Episode], supports: range | None = None) -> EpisodeBatch:
+        """`supports`: only these positions of each episode's supports, see `la.episodes.batch.pack`."""
+        return pack(episodes, self.store.read_encoded, self._mask, self._size, supports)
+
+    def chunks(self, episodes: Sequence[Episode], supports: int) -> Iterator[EpisodeBatch]:
+        """The episodes in batches of at most so many supports of each, each read when it is asked for."""
+        for start in range(0, max(len(e.supports) for e in episodes), supports):
+            yield self.pack(episodes, range(start, start + supports))
+
+    def truth(self, episodes: Sequence[Episode]) -> Tensor:
+        """(B, 4h, 4w) long: slots 0..N of each query at the decoder's own resolution, IGNORED where a crowd stands."""
+        return torch.stack([self._small_truth(e.query, e.classes) for e in episodes])
+
+    def full_truth(self, episode: Episode, size: tuple[int, int] | None = None) -> Tensor:
+        """(H, W) uint8: slots 0..N of the query at the photo's own size, or resized to `size` without blending."""
+        labels = torch.from_numpy(label_map(self.dataset, episode.query, episode.classes))
+        return labels if size is None else F.interpolate(labels[None, None], size, mode="nearest-exact")[0, 0]
+
+    def coverage(self, image_id: int, annotation_ids: tuple[int, ...]) -> Tensor:
+        """(h, w) in 0..1: the share of each feature cell that the instances cover."""
+        return F.interpolate(self._mask(image_id, annotation_ids)[None, None], self.store.info.grid, mode="area")[0, 0]
+
+    def _size(self, image_id: int) -> tuple[int, int]:
+        image = self.dataset.images[image_id]
+        return image.height, image.width
+
+    def _mask(self, image_id: int, annotation_ids: tuple[int, ...]) -> Tensor:
+        union = np.zeros(self.mask_size, np.float32)
+        for one in annotation_ids:
+            union += self._coverage(image_id, one, self.mask_size)
+        return torch.from_numpy(union.clip(max=255) / 255)
+
+    def _small_truth(self, image_id: int, classes: Sequence[int]) -> Tensor:
+        """The label map drawn from small masks, in the order in which `label_map` draws it."""
+        labels = np.zeros(self.truth_size, np.int64)
+        for one, label in drawing_order(self.dataset.annotations[image_id], classes):
+            labels[self._coverage(image_id, one.id, self.truth_size) > 127] = label
+        return torch.from_numpy(labels)
+
+
+def _draw_coverage(dataset: Dataset, image_id: int, annotation_id: int, size: tuple[int, int]) -> np.ndarray:
+    """(*size) uint8: share of each cell that the instance covers, 255 = all."""
+    image = dataset.images[image_id]
+    one = next(a for a in dataset.annotations[image_id] if a.id == annotation_id)
+    mask = decode([one], image.height, image.width) * np.uint8(255)
+    return np.asarray(Pillow.fromarray(mask).resize(size[::-1], Pillow.Resampling.BOX))

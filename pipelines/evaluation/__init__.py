@@ -1,0 +1,1 @@
+"""Evaluation of any method on the same episodes, its pictures, and its cost."""

@@ -1,0 +1,1 @@
+"""Segmenting a folder of photos, and exporting the heads."""

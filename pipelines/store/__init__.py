@@ -1,0 +1,1 @@
+"""How features are stored: made, read, checked, converted and copied."""

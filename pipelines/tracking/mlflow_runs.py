@@ -1,0 +1,306 @@
+"""The one place that talks to MLflow: a run is found again by its key, and whoever opens one closes it."""
+
+import fcntl
+import json
+import logging
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+# Read when mlflow is imported: a training job on a closed cluster should not try to reach the internet.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException as TrackingError
+
+from la.errors import InputError
+from pipelines.config import EvaluateConfig, TrainConfig
+from pipelines.store.reader import FeatureStore
+from pipelines.tracking.run_params import fold_params, task_metrics
+from pipelines.workspace import Workspace, digest
+
+if TYPE_CHECKING:
+    from pipelines.evaluation.evaluate import EvaluateResult
+    from pipelines.training.run import TrainResult
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+KEY, ERROR, KIND = "la.key", "la.error", "la.kind"  # tags
+BATCH = 1000  # most metrics MLflow takes in one request
+TAG_LENGTH = 5000  # characters MLflow keeps of a tag
+
+logger = logging.getLogger(__name__)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it announces every table of a new database
+
+
+class Tracker:
+    """The workspace's MLflow database, or the server of `uri` or MLFLOW_TRACKING_URI.
+
+    Only one process of a job logs, the driver. The database is made here, behind a lock, because processes that race
+    to create it crash. Raises InputError where `uri` does not answer; every method raises TrackingError where the
+    tracker fails later.
+    """
+
+    def __init__(self, workspace: Workspace, uri: str | None = None):
+        self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or workspace.mlflow_uri
+        self._workspace = workspace
+        self._local = self.uri == workspace.mlflow_uri
+        self._experiments: dict[str, str] = {}
+        try:
+            with self._alone(), _impatient():
+                self._client = MlflowClient(tracking_uri=self.uri)
+                self._client.search_experiments(max_results=1)
+        except TrackingError as error:
+            raise InputError(
+                f"MLflow at {self.uri} does not answer ({_first_line(error)}). Expected a database or a running "
+                "server: check the tracking URI and MLFLOW_TRACKING_URI, or unset them to use the workspace's own."
+            ) from error
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._local:
+            yield
+            return
+        self._workspace.root.mkdir(parents=True, exist_ok=True)
+        with open(self._workspace.root / ".mlflow.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def experiment(self, study: str) -> str:
+        """Id of the experiment `study`, created or brought back from the bin where need be."""
+        if study not in self._experiments:
+            with self._alone():
+                found = self._client.get_experiment_by_name(study)
+                if found is None:
+                    location = str(self._workspace.artifacts / study) if self._local else None
+                    try:
+                        self._experiments[study] = self._client.create_experiment(study, location)
+                        return self._experiments[study]
+                    except TrackingError:
+                        # On a server, another job may have created it since.
+                        found = self._client.get_experiment_by_name(study)
+                        if found is None:
+                            raise
+                if found.lifecycle_stage == "deleted":
+                    self._client.restore_experiment(found.experiment_id)
+                self._experiments[study] = found.experiment_id
+        return self._experiments[study]
+
+    def find(self, study: str, key: str) -> "Run | None":
+        """The run of that key, whatever its status."""
+        found = self._client.search_runs([self.experiment(study)], f"tags.`{KEY}` = '{key}'", max_results=1)
+        return Run(self._client, found[0].info.run_id, found[0].info.status) if found else None
+
+    def open(
+        self, study: str, key: str, name: str, kind: str, params: Mapping | None = None, parent: "Run | None" = None
+    ) -> "Run":
+        """The run of that key, taken up again where an earlier, killed job left it, else a new one. It is RUNNING."""
+        run = self.find(study, key)
+        if run is None:
+            tags = {KEY: key, KIND: kind} | ({"mlflow.parentRunId": parent.id} if parent else {})
+            made = self._client.create_run(self.experiment(study), tags=tags, run_name=name)
+            run = Run(self._client, made.info.run_id, "RUNNING")
+        elif run.status != "RUNNING":
+            self._client.update_run(run.id, status="RUNNING")
+            run.status = "RUNNING"
+        run.params(params or {})
+        return run
+
+    def log_fold_run(
+        self,
+        study: str,
+        key: str,
+        name: str,
+        params: Mapping,
+        metrics: Mapping[str, float],
+        curve: Iterable[Mapping] = (),
+        texts: Mapping[str, str] | None = None,
+        parent: "Run | None" = None,
+    ) -> str:
+        """Log a finished fold in one go and close its run; returns its id. Logging the same again adds nothing."""
+        with self.open(study, key, name, "fold", params, parent) as run:
+            run.curve(curve)
+            run.metrics(metrics)
+            for file, text in (texts or {}).items():
+                run.text(text, file)
+        return run.id
+
+
+class Run:
+    """An MLflow run. As a context manager it closes itself: FINISHED, FAILED with the error, or KILLED."""
+
+    def __init__(self, client: MlflowClient, run_id: str, status: str):
+        self._client = client
+        self.id = run_id
+        self.status = status
+        self._steps: set[int] | None = None
+
+    def params(self, params: Mapping) -> None:
+        """Log what is not there yet: MLflow refuses to change a param, and a job taken up again keeps its first."""
+        known = self._client.get_run(self.id).data.params
+        new = [Param(key, str(value)) for key, value in params.items() if key not in known]
+        if new:
+            self._client.log_batch(self.id, params=new)
+
+    def curve(self, points: Iterable[Mapping]) -> None:
+        """Log reports, each with its `step`; steps already logged are left out, so a resumed job may repeat them."""
+        if self._steps is None:
+            self._steps = {m.step for m in self._client.get_metric_history(self.id, "loss")}
+        now, batch = _milliseconds(), []
+        for point in points:
+            step = int(point["step"])
+            if step in self._steps:
+                continue
+            self._steps.add(step)
+            batch += [Metric(key, float(v), now, step) for key, v in point.items() if key != "step" and _number(v)]
+        for start in range(0, len(batch), BATCH):
+            self._client.log_batch(self.id, metrics=batch[start : start + BATCH])
+
+    def metrics(self, metrics: Mapping[str, float]) -> None:
+        """Log final numbers; those that are there already with the same value are left out."""
+        known = self._client.get_run(self.id).data.metrics
+        new = {key: float(v) for key, v in metrics.items() if _number(v) and not _same(known.get(key), float(v))}
+        if new:
+            self._client.log_batch(self.id, metrics=[Metric(k, v, _milliseconds(), 0) for k, v in new.items()])
+
+    def text(self, text: str, file: str) -> None:
+        self._client.log_text(self.id, text, file)
+
+    def close(self, status: Status = "FINISHED", error: str | None = None) -> None:
+        """End the run. A FAILED run carries `error` as tag and artifact; a run that succeeds later loses the tag."""
+        if error is not None:
+            self._client.log_batch(self.id, tags=[RunTag(ERROR, error.strip().splitlines()[-1][:TAG_LENGTH])])
+            self.text(error, "error.txt")
+        elif ERROR in self._client.get_run(self.id).data.tags:
+            self._client.delete_tag(self.id, ERROR)
+        self._client.set_terminated(self.id, status)
+        self.status = status
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close()
+        elif isinstance(error, Exception):
+            self.close("FAILED", f"{type(error).__name__}: {error}")
+        else:
+            self.close("KILLED")
+
+
+def log_training(config: TrainConfig, result: "TrainResult") -> None:
+    """The run of one training in the experiment `train`, with its curves."""
+    workspace = Workspace(config.workspace)
+    params = fold_params(FeatureStore(workspace.find_store(config.store)), "train", config)
+    metrics = final_metrics(result.step, result.metrics)
+    curve = read_curve(result.run_dir)
+    Tracker(workspace).log_fold_run("train", config.run_name, config.run_name, params, metrics, curve)
+
+
+def log_evaluation(config: EvaluateConfig, result: "EvaluateResult") -> None:
+    """The run of one evaluation in the experiment `evaluate`; each class's IoU is in its `per_class.json`."""
+    workspace = Workspace(config.workspace)
+    params = fold_params(FeatureStore(workspace.find_store(config.store)), "evaluate", _training_of(config), [config])
+    params |= {"method": result.method, "episodes_digest": result.episodes_digest}
+    params |= {"classes_drawn": result.classes_drawn}
+    task = (config.ways, config.shots, config.prompt)
+    metrics = task_metrics(task, result)
+    name = f"{result.method}-fold{config.fold}-{config.ways}way-{config.shots}shot-{config.prompt}"
+    key = f"{name}-{digest([params[name] for name in sorted(params) if name != 'git_sha'], 8)}"
+    texts = {"per_class.json": json.dumps(result.per_class, indent=1)}
+    Tracker(workspace).log_fold_run("evaluate", key, name, params, metrics, texts=texts)
+
+
+def final_metrics(step: int, training: Mapping[str, float | None]) -> dict[str, float]:
+    """How a training ended. Under the name of its curve, the best seen mIoU would pass for the curve's last point."""
+    renamed = {("best_seen_miou" if key == "seen_miou" else key): value for key, value in training.items()}
+    return {"steps_trained": step} | {key: value for key, value in renamed.items() if value is not None}
+
+
+def read_curve(run_dir: Path | None) -> list[dict]:
+    """Every report of a training run, in order; empty where none were kept."""
+    file = run_dir / "curve.jsonl" if run_dir else None
+    return [json.loads(line) for line in file.read_text().splitlines()] if file and file.exists() else []
+
+
+def ui_command(workspace: Workspace, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
+    """The command that serves the workspace's runs. Raises InputError where nothing was tracked there yet."""
+    if not (workspace.root / "mlflow.db").exists():
+        raise InputError(
+            f"--workspace {workspace.root} has no mlflow.db, so there are no runs to show. Run `python cli.py train` "
+            "or a sweep there first, or pass the workspace of one."
+        )
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", workspace.mlflow_uri]
+    return [*command, "--host", host, "--port", str(port), "--workers", "1"]
+
+
+def serve_ui(workspace: Workspace, host: str = "127.0.0.1", port: int = 5000) -> int:
+    """Serve MLflow's web pages until Ctrl-C; returns the server's exit code.
+
+    Raises InputError where nothing was tracked yet and where the port is taken.
+    """
+    command = ui_command(workspace, host, port)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(f"--port {port} on {host} cannot be used ({error.strerror}). Pass another.") from error
+    # Job execution starts a second set of processes that nothing here uses: 24 s to the first page instead of 7 s.
+    server = subprocess.Popen(command, env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+    try:
+        return server.wait()
+    except KeyboardInterrupt:
+        return server.wait()
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """For the first request: MLflow's own retries would hide a wrong address for four minutes."""
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "2"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _training_of(config: EvaluateConfig) -> TrainConfig | None:
+    """The training behind an evaluation's checkpoint; None for a baseline and for a checkpoint without its run."""
+    if config.method != "la":
+        return None
+    from pipelines.evaluation.methods import latest_run
+
+    place = config.checkpoint or latest_run(config, FeatureStore(Workspace(config.workspace).find_store(config.store)))
+    try:
+        return TrainConfig.model_validate_json(
+            ((place if place.is_dir() else place.parent) / "config.json").read_text()
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _same(known: float | None, value: float) -> bool:
+    return known == value or (known is not None and math.isnan(known) and math.isnan(value))
+
+
+def _milliseconds() -> int:
+    return int(time.time() * 1000)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]

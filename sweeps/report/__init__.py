@@ -1,0 +1,1 @@
+"""All tables, plots and a gallery in one HTML file."""

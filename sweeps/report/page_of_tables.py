@@ -1,0 +1,173 @@
+"""One HTML file of everything a workspace holds: the paper's tables beside ours, plots, curves, a gallery."""
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup
+
+from la.errors import InputError
+from pipelines.config import SweepConfig
+from pipelines.store.reader import FeatureStore
+from pipelines.tracking.mlflow_runs import read_curve
+from pipelines.workspace import Workspace, write_text
+from sweeps.paper_tables import Table, scores_of
+from sweeps.plan import plan_sweep
+from sweeps.report import plots
+from sweeps.runner import SweepResult
+from sweeps.studies.registry import STUDIES
+from sweeps.study import Study, task_title
+from sweeps.trial import read_result
+
+GAPS = ("not run", "failed")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One study in the report: what was measured, or the empty tables and the command that fills them."""
+
+    study: Study
+    result: SweepResult
+    command: str
+    tables: list[Table]
+    plots: list[Markup]
+    gallery: list[tuple[str, str]]  # caption, data URI of a JPEG
+    settings: dict[str, str]
+
+    @property
+    def missing(self) -> bool:
+        return any(cell.startswith(GAPS) for table in self.tables for row in table.rows for cell in row)
+
+
+def write_report(root: Path, out: Path) -> Path:
+    """Write the report of a workspace to `out`; nothing is run again and nothing fetched.
+
+    Raises InputError for a workspace without features and for sweep files that cannot be read.
+    """
+    workspace = Workspace(root)
+    stores = sorted(path.parent for path in workspace.features.glob("*/store.json"))
+    if not stores:
+        workspace.find_store()  # says what to do
+    found = _sweeps(workspace)
+    sections = [_section(workspace, study, found.get(name, [])) for name, study in STUDIES.items()]
+    environment = Environment(loader=PackageLoader("sweeps.report", "."), autoescape=select_autoescape(["html"]))
+    text = environment.get_template("report.html").render(
+        sections=sections,
+        stores=[FeatureStore(path) for path in stores],
+        profile=_profile(workspace),
+        workspace=workspace.root,
+        gaps=GAPS,
+    )
+    write_text(out, text)
+    return out
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A sweep on disk."""
+
+    result: SweepResult
+    command: str | None
+
+
+def _sweeps(workspace: Workspace) -> dict[str, list[_Found]]:
+    """study -> its sweeps, the one started last first; those whose features are gone are left out."""
+    found: dict[str, list[tuple[float, _Found]]] = {}
+    for file in (workspace.runs / "sweeps").glob("*/sweep.json"):
+        try:
+            content = json.loads(file.read_text())
+            config = SweepConfig.model_validate(content["config"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file} is not the settings of a sweep ({error}). Delete its folder.") from error
+        if config.study not in STUDIES or not (workspace.features / str(config.store) / "store.json").exists():
+            continue
+        plan = plan_sweep(config.model_copy(update={"workspace": workspace.root}))
+        results = {job.name: one for job in plan.jobs if (one := read_result(job.file)) and one.finished}
+        result = SweepResult(config, file.parent.name, file.parent, plan.variants, results, {}, False)
+        found.setdefault(config.study, []).append((file.stat().st_mtime, _Found(result, content["command"])))
+    return {study: [one for _, one in sorted(sweeps, key=lambda item: -item[0])] for study, sweeps in found.items()}
+
+
+def _section(workspace: Workspace, study: Study, sweeps: list[_Found]) -> Section:
+    command = f"python cli.py sweep {study.name} --workspace {workspace.root}"
+    if not sweeps:
+        config = SweepConfig(
+            workspace=workspace.root, study=study.name, folds=study.folds, ways=study.ways, shots=study.shots
+        )
+        config = config.model_copy(update={"prompts": study.prompts})
+        empty = SweepResult(config, "", Path(), study.variants, {}, {}, False)
+        return Section(study, empty, command, study.tables(empty), [], [], {})
+    shown, *others = sweeps
+    result = shown.result
+    settings = _settings(result)
+    if others:
+        settings["other sweeps"] = ", ".join(str(one.result.folder) for one in others)
+    tables, drawn, gallery = study.tables(result), _plots(study, result), _gallery(result)
+    return Section(study, result, shown.command or command, tables, drawn, gallery, settings)
+
+
+def _plots(study: Study, result: SweepResult) -> list[Markup]:
+    drawn = []
+    if len(result.config.ways) > 2:
+        lines = {
+            v.title: [(n, s[0].miou) for n in result.config.ways if (s := scores_of(result, v.name, (n, 1)))]
+            for v in result.variants
+        }
+        drawn.append(plots.lines(lines, "ways", "mIoU in %"))
+    curves = {name: read_curve(one.run_dir) for name, one in result.results.items() if one.run_dir}
+    if any(curves.values()):
+        drawn.append(plots.curves(curves))
+    per_class = {
+        name.split("/")[0]: one.scores[0].per_class
+        for name, one in result.results.items()
+        if one.fold == result.config.folds[0] and one.scores
+    }
+    if per_class:
+        task = task_title(result.config.ways[0], result.config.shots[0])
+        drawn.append(plots.bars(per_class, f"IoU in %, fold {result.config.folds[0]}, {task}"))
+    return drawn
+
+
+def _gallery(result: SweepResult) -> list[tuple[str, str]]:
+    pictures = []
+    for variant in result.variants:
+        file = result.folder / f"{variant.name}-fold{result.config.folds[0]}.jpg"
+        if file.exists():
+            encoded = base64.b64encode(file.read_bytes()).decode()
+            pictures.append((f"{variant.title}, fold {result.config.folds[0]}", f"data:image/jpeg;base64,{encoded}"))
+    return pictures[:1]  # of the first variant: the file stays small enough to send
+
+
+def _settings(result: SweepResult) -> dict[str, str]:
+    config = result.config
+    digests = sorted({one.episodes_digest for one in result.results.values()})
+    return {
+        "sweep": result.name,
+        "trials": f"{len(result.results)} of {len(result.variants) * len(config.folds)} finished",
+        "store": config.store or "the only one",
+        "protocol": config.protocol,
+        "evaluation": f"{config.seeds} seeds x {config.episodes} episodes",
+        "training": json.dumps(config.train),
+        "episodes digest": ", ".join(digests),
+    }
+
+
+def _profile(workspace: Workspace) -> dict | None:
+    """The table of `profile` and its plots, where it was measured."""
+    file = workspace.artifacts / "profile.json"
+    if not file.exists():
+        return None
+    content = json.loads(file.read_text())
+    shown = {"method": "method", "shots": "shots", "seconds": "seconds"}
+    shown |= {"with_episode_mb": "peak MB", "beyond_mb": "MB beyond the episode's features or photos"}
+    rows = [
+        {"from": "photos" if row["backbone"] else "features"} | {title: row[key] for key, title in shown.items()}
+        for row in content["rows"]
+    ]
+    told = [*content["summary"], *dict.fromkeys(row["note"] for row in content["rows"] if row["note"])]
+    paper = {(method, int(k)): pair for method, of in content["paper"].items() for k, pair in of.items()}
+    for row in rows:
+        row["paper GB"], row["paper s"] = paper.get((row["method"], row["shots"]), (None, None))
+    return {"rows": rows, "told": told, "plots": plots.profile(content["rows"])}

@@ -1,0 +1,1 @@
+"""How the demo's weights were made."""

@@ -1,0 +1,1 @@
+"""The failure drill: everything that can die is killed once."""

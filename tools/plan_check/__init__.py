@@ -1,0 +1,1 @@
+"""What `plan` says, held against real runs."""
