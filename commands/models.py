@@ -109,7 +109,7 @@ def train(
     with mistakes(goes_on=True):
         from pipelines.config import TrainConfig, default_recipe
         from pipelines.tracking.mlflow_runs import log_training
-        from pipelines.training.run import steps_of_epochs
+        from pipelines.training.prepare import steps_of_epochs
         from pipelines.training.run import train as run
 
         config = TrainConfig(

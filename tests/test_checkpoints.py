@@ -7,25 +7,25 @@ import random
 import resource
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-import pipelines.training.run as training
+import pipelines.training.loop as training
 from la.errors import InputError
 from pipelines.config import EvaluateConfig
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.runs.checkpoints import (
     CheckpointWarning,
     DamagedCheckpoint,
-    check,
-    find_last,
     load,
     load_last,
     save,
     save_last,
 )
-from pipelines.training.run import run_dir_of, train
+from pipelines.training.prepare import run_dir_of
+from pipelines.training.run import train
 from pipelines.training.stop import Stopped
 from tests.test_training import featurized_scenes, settings
 
@@ -76,17 +76,17 @@ def test_a_checkpoint_cut_short_is_damaged(tmp_path, share):
     save(path, CONTENT)
     os.truncate(path, int(share * path.stat().st_size))
     with pytest.raises(DamagedCheckpoint, match=r"last\.pt is cut short"):
-        check(path)
+        load(path)
 
 
 def test_the_last_two_are_kept_and_a_damaged_one_is_set_aside(tmp_path):
     for step in (1, 2, 3):
         save_last(tmp_path, {"step": step})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.previous.pt", "last.pt"]
-    assert load(find_last(tmp_path)) == {"step": 3}
+    assert load_last(tmp_path) == {"step": 3}
     (tmp_path / "last.pt").write_bytes(b"nothing")
     with pytest.warns(CheckpointWarning, match=r"last\.pt is cut short.*goes on from the checkpoint before"):
-        assert load(find_last(tmp_path)) == {"step": 2}
+        assert load_last(tmp_path) == {"step": 2}
     assert (tmp_path / "last.damaged").read_bytes() == b"nothing"
     save_last(tmp_path, {"step": 4})
     assert load(tmp_path / "last.pt") == {"step": 4}
@@ -105,7 +105,7 @@ def test_a_kill_between_the_renames_loses_nothing(tmp_path, monkeypatch):
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             save_last(tmp_path, {"step": 2})
-    assert load(find_last(tmp_path)) == {"step": 2}
+    assert load_last(tmp_path) == {"step": 2}
     save_last(tmp_path, {"step": 3})
     assert [load(tmp_path / name)["step"] for name in ("last.pt", "last.previous.pt")] == [3, 1]
 
@@ -131,11 +131,22 @@ def test_a_disk_that_does_not_answer_is_no_damaged_checkpoint(tmp_path, monkeypa
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     with monkeypatch.context() as patched:
-        patched.setattr("zipfile.ZipFile", stale)
+        patched.setattr("pathlib.Path.read_bytes", stale)
         with pytest.raises(OSError, match="Stale"):
-            find_last(tmp_path)
+            load_last(tmp_path)
     assert same(load_last(tmp_path), CONTENT)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_resume_reads_the_last_checkpoint_once(workspace, monkeypatch):
+    config = settings(workspace, seed=10)
+    run_dir = train(config).run_dir
+    (run_dir / "result.json").unlink()
+    read = []
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or real(path))
+    train(config)
+    assert read.count("last.pt") == 1
 
 
 def test_training_whose_last_checkpoint_is_damaged_ends_as_if_nothing_had_happened(workspace):

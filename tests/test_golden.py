@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import pipelines.training.run as training
+import pipelines.training.loop as training
 from pipelines.config import FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.store.featurize import featurize
+from pipelines.training.run import train
 from tests.conftest import TINY
 
 GOLDEN = Path(__file__).parent / "golden" / "debug_50_steps.json"
@@ -34,7 +35,7 @@ def run(root: Path, scenes: Path, weights: Path) -> tuple[list[float], dict[str,
         checkpoint_every=25,
         threads=1,
     )
-    done = training.train(config)
+    done = train(config)
     curve = [json.loads(line)["loss"] for line in (done.run_dir / "curve.jsonl").read_text().splitlines()]
     return curve, torch.load(done.run_dir / "last.pt", weights_only=True)["training"]
 

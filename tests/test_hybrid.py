@@ -12,7 +12,7 @@ from la.evaluation.losses import iou_loss
 from la.model.label_anything import build, load_state, preset, save_state
 from la.model.matching import Matching, ObjectMetric, PromptCompletion, smoothed
 from pipelines.config import TrainConfig
-from pipelines.training.run import model_config
+from pipelines.training.prepare import model_config
 
 SIZE = (40, 40)  # pixels of every photo: ten to a token
 LEFT, RIGHT = torch.tensor([1.0, 0.0, 0.2]), torch.tensor([0.0, 1.0, 0.2])

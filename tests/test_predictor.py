@@ -29,7 +29,7 @@ from pipelines.evaluation.methods import find_method
 from pipelines.evaluation.shared_work import predictor as predictor_of_episodes
 from pipelines.store.featurize import featurize
 from pipelines.store.reader import FeatureStore
-from pipelines.training.run import checkpoint
+from pipelines.training.state import checkpoint
 
 SIZE = (96, 128)  # height and width of a photo, pixels
 

@@ -27,7 +27,10 @@ from pipelines.runs.checkpoints import load, save
 from pipelines.runs.official_files import import_official
 from pipelines.store.featurize import featurize
 from pipelines.store.reader import FeatureStore
-from pipelines.training.run import Worker, read_ahead, run_dir_of, train, train_loop, training_plans
+from pipelines.training.data import read_ahead
+from pipelines.training.loop import Worker, train_loop
+from pipelines.training.prepare import prepare, run_dir_of
+from pipelines.training.run import train
 from pipelines.training.train_on_ray import STARTS, Desk
 from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS
 
@@ -73,7 +76,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(workspace, monkeyp
     config = settings(workspace, lr=1.1e-3, preset=preset)
     whole = train(config)
     expected = weights_of(whole.run_dir / "last.pt")
-    import pipelines.training.run as module
+    import pipelines.training.loop as module
 
     real, saves = module.save_last, []
 
@@ -121,7 +124,7 @@ def another(tmp_path_factory):
 def test_training_on_two_folders_takes_both_and_leaves_unseen_classes_out_of_both(workspace, another):
     config = settings(workspace, also=(another,), fold=1, preset="hybrid")
     store = FeatureStore(next((workspace / "features").iterdir()))
-    plans = training_plans(config, store)
+    plans = prepare(config).sources
     categories = store.dataset("train").categories
     unseen = {categories[c] for c in fold_classes(categories, 1)[1]}
     assert set(plans[1][0].without) == unseen
@@ -142,7 +145,7 @@ def test_training_on_two_folders_takes_both_and_leaves_unseen_classes_out_of_bot
             return None
 
     sources = [(ensure_episodes(plan, of), Queries(n)) for n, (plan, of) in enumerate(plans)]
-    batches = read_ahead(config, sources, Worker(), 0)
+    batches = read_ahead(config, sources, 0, 1, 0)
     for _ in range(20):
         next(batches)
     assert all(photos)
@@ -177,7 +180,7 @@ def test_a_run_does_not_go_on_with_the_features_of_another_store(workspace):
 def test_ranks_that_see_different_checkpoints_do_not_train_together(workspace):
     config = settings(workspace, seed=22)
     with pytest.raises(RuntimeError, match="rank 0 goes on from step 10, rank 1 from 0"):
-        train_loop(config, Worker(rank=1, of_first=lambda _: 10), lambda _: None)
+        train_loop(prepare(config), Worker(rank=1, from_rank0=lambda _: 10), lambda _: None)
 
 
 def test_all_ranks_have_one_shape_in_a_step_and_share_no_episode(workspace):
@@ -193,7 +196,7 @@ def test_all_ranks_have_one_shape_in_a_step_and_share_no_episode(workspace):
             return None
 
     def steps(rank, world):
-        batches = read_ahead(config, [(shards, Names())], Worker(rank, world), 0)
+        batches = read_ahead(config, [(shards, Names())], rank, world, 0)
         return [next(batches)[1] for _ in range(10)]
 
     alone, first, second = steps(0, 1), steps(0, 2), steps(1, 2)
@@ -241,7 +244,7 @@ def test_resumed_reading_takes_up_the_same_batches(workspace):
             return None
 
     def take(start, count):
-        batches = read_ahead(config, [(shards, Indices())], Worker(), start)
+        batches = read_ahead(config, [(shards, Indices())], 0, 1, start)
         return [next(batches)[1] for _ in range(count)]
 
     assert take(0, 9)[5:] == take(5, 4)
@@ -271,7 +274,7 @@ def _two_workers(rank, config, port, shared):
         return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
     reports = []
-    train_loop(config, Worker(rank, 2, wrap), reports.append)
+    train_loop(prepare(config), Worker(rank, 2, wrap), reports.append)
     shared[rank] = len(reports)
     dist.destroy_process_group()
 

@@ -28,7 +28,8 @@ from pipelines.episodes.episode_shards import ensure_episodes, pool_on, training
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.store.featurize import featurize
 from pipelines.store.reader import FeatureStore
-from pipelines.training.run import Worker, run_dir_of, train_loop
+from pipelines.training.loop import Worker, train_loop
+from pipelines.training.prepare import prepare, run_dir_of
 from pipelines.workspace import Workspace
 
 HEIGHT, WIDTH = 480, 640  # pixels of a common COCO photo
@@ -155,7 +156,7 @@ def measure_training(
     drawing = clock()
     manifest = ensure_episodes(training_plan(config), _store_of(config)).manifest
     started = clock()
-    train_loop(config, Worker(wrap=watch.wrap), lambda _: None)
+    train_loop(prepare(config), Worker(wrap=watch.wrap), lambda _: None)
     evaluated = {task: _evaluation_seconds(config, task, clock) for task in tasks}
     return TrainRates(
         step_seconds=watch.step_seconds(config.batches),

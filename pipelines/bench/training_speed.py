@@ -9,7 +9,8 @@ from la.errors import InputError
 from pipelines.bench.ratios import BenchResult, workspace_beside
 from pipelines.cluster import ray_session
 from pipelines.config import TrainConfig
-from pipelines.training.run import REPORT_EVERY, train
+from pipelines.training.loop import REPORT_EVERY
+from pipelines.training.run import train
 from pipelines.workspace import Workspace
 
 WARM_UP = 2 * REPORT_EVERY  # steps that do not count: processes, caches and DDP's buckets settle

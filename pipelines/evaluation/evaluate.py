@@ -115,12 +115,14 @@ def score(
     device: torch.device,
     size: tuple[int, int] | None = None,
     on_progress: Callable[[int], None] | None = None,
-) -> FewShotIoU:
+    stop: Callable[[], bool] = lambda: False,
+) -> FewShotIoU | None:
     """Run `predict` over all episodes; truth and prediction are compared at `size` or the photo's own size.
 
     Episodes that differ by their index alone, of which few photos give many, are one task, predicted and scored once.
     Which episodes are predicted together is decided by their own ways and shots alone, so that no setting
-    changes the order in which a number is summed up, and so the last bit of a logit.
+    changes the order in which a number is summed up, and so the last bit of a logit. None where `stop`,
+    which is asked before each batch, said so.
     """
     tasks = tasks_of(shards)
     distinct = list(dict.fromkeys(tasks))
@@ -128,6 +130,8 @@ def score(
     _, ways, shots = shards.manifest["plan"]["batches"][0]
     together = max(1, SUPPORTS_AT_ONCE // (ways * shots))
     for start in range(0, len(distinct), together):
+        if stop():
+            return None
         drawn = distinct[start : start + together]
         with autocast(device):
             logits = predict(drawn).float()

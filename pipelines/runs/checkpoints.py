@@ -7,6 +7,7 @@ best.pt            the best on seen classes: what evaluation takes
 """
 
 import errno
+import io
 import os
 import warnings
 import zipfile
@@ -55,50 +56,28 @@ def save_last(run_dir: Path, content: dict) -> None:
     os.replace(run_dir / NEW, run_dir / LAST)
 
 
-def check(path: Path) -> None:
-    """Read a checkpoint once against the checksums within it, which torch.load ignores.
+def load(path: Path) -> dict:
+    """A whole checkpoint, on the CPU, read once and held against the checksums within it, which torch.load ignores.
 
     Raises DamagedCheckpoint, and OSError where it is missing or a disk does not answer: then it may be whole.
     """
+    content = path.read_bytes()
     try:
-        with zipfile.ZipFile(path) as parts:  # torch's own format: a zip with a CRC-32 of each part
+        with zipfile.ZipFile(io.BytesIO(content)) as parts:  # torch's own format: a zip with a CRC-32 of each part
             bad = parts.testzip()
-    except Exception as error:  # zipfile answers changed bytes with errors of many kinds
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a place before the file's beginning
-            raise
+        if not bad:
+            return torch.load(io.BytesIO(content), "cpu", weights_only=True)
+    except Exception as error:  # changed bytes give errors of many kinds
         raise DamagedCheckpoint(f"{path} is cut short, damaged or not a checkpoint ({error}).") from error
-    if bad:
-        raise DamagedCheckpoint(f"{path} is damaged: {bad} in it does not have its checksum.")
-
-
-def load(path: Path) -> dict:
-    """A whole checkpoint, on the CPU. Raises as `check` does."""
-    check(path)
-    return _read(path)
+    raise DamagedCheckpoint(f"{path} is damaged: {bad} in it does not have its checksum.")
 
 
 def load_last(run_dir: Path) -> dict | None:
-    """The newest whole checkpoint of a run, see `find_last`."""
-    last = find_last(run_dir)
-    return _read(last) if last else None
-
-
-def _read(path: Path) -> dict:
-    try:
-        return torch.load(path, "cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint ({error}).") from error
-
-
-def find_last(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint to go on from. A damaged one is renamed *.damaged, with a warning."""
+    """The newest whole checkpoint of a run. A damaged one is renamed *.damaged, with a warning."""
     for name in (NEW, LAST, PREVIOUS):
         path = run_dir / name
         try:
-            check(path)
-            return path
+            return load(path)
         except FileNotFoundError:
             continue
         except DamagedCheckpoint as error:
@@ -113,29 +92,28 @@ def find_last(run_dir: Path) -> Path | None:
     return None
 
 
-def mend(run_dir: Path) -> None:
-    """Set damaged checkpoints of a run aside and restore best.pt from the last one, with a warning for each.
+def restore_best(run_dir: Path, last: dict | None) -> None:
+    """Write best.pt anew from the run's last checkpoint where it is missing or damaged, with a warning.
 
     Raises InputError where a finished run's best.pt cannot be restored.
     """
-    last = find_last(run_dir)
     finished = (run_dir / "result.json").exists()
     if last is None and not finished:
         return
     try:
-        check(run_dir / BEST)
+        load(run_dir / BEST)
         return
     except FileNotFoundError:
-        found = f"{run_dir / BEST} is missing."
+        fault = f"{run_dir / BEST} is missing."
     except DamagedCheckpoint as error:
-        found = str(error)
-    best = load(last).get("best") if last else None
+        fault = str(error)
+    best = last.get("best") if last else None
     if best:
         save(run_dir / BEST, best)
-        warnings.warn(f"{found} It was restored from {last.name}.", CheckpointWarning, stacklevel=2)
+        warnings.warn(f"{fault} It was restored from {LAST}.", CheckpointWarning, stacklevel=2)
     elif finished:
         raise InputError(
-            f"{found} No whole last.pt is there to restore it from. Remove {run_dir} and run the same command again, "
+            f"{fault} No whole last.pt is there to restore it from. Remove {run_dir} and run the same command again, "
             "which trains from the start."
         )
 

@@ -15,6 +15,8 @@ from la.errors import InputError
 from pipelines.cluster import ray_session, wait_for
 from pipelines.config import TrainConfig
 from pipelines.runs.checkpoints import LAST, full_disk_told
+from pipelines.training.loop import Worker, train_loop
+from pipelines.training.prepare import prepare, run_dir_of
 from pipelines.training.stop import Notice, notice
 from pipelines.workspace import Workspace
 
@@ -153,8 +155,6 @@ def _worker(settings: dict) -> None:
     import ray.train.torch
     import torch.distributed as dist
 
-    from pipelines.training.run import Worker, run_dir_of, train_loop
-
     config = TrainConfig(**settings["config"])
     desk = settings["desk"]
     torch.set_num_threads(config.threads or 1)
@@ -169,7 +169,7 @@ def _worker(settings: dict) -> None:
         kept = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
         return ray.train.torch.prepare_model(model, parallel_strategy_kwargs=kept)
 
-    def of_first(value: int) -> int:
+    def from_rank0(value: int) -> int:
         if flags is None:
             return value
         shared = torch.tensor([int(value)])
@@ -188,7 +188,7 @@ def _worker(settings: dict) -> None:
 
         return answer
 
-    if not of_first(rank == 0 and ray.get(desk.begin.remote(_mark(run_dir_of(config))))):
+    if not from_rank0(rank == 0 and ray.get(desk.begin.remote(_mark(run_dir_of(config))))):
         return
     stop, ended = threading.Event(), threading.Event()
 
@@ -202,8 +202,8 @@ def _worker(settings: dict) -> None:
     try:
         with full_disk_told(run_dir_of(config)):
             train_loop(
-                config.model_copy(update={"device": str(device)}),
-                Worker(rank, world, wrap, of_first, stop.is_set, ask),
+                prepare(config.model_copy(update={"device": str(device)})),
+                Worker(rank, world, wrap, from_rank0, stop.is_set, ask),
                 desk.report.remote,
             )
     except Exception as error:

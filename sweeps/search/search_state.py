@@ -17,7 +17,7 @@ from la.errors import InputError
 from la.model.label_anything import PRESETS
 from pipelines.config import SearchConfig
 from pipelines.store.reader import FeatureStore
-from pipelines.training.run import run_dir_of
+from pipelines.training.prepare import run_dir_of
 from pipelines.workspace import Workspace, digest, write_text
 from sweeps.plan import NOT_IN_DIGEST
 from sweeps.search.space import draw_settings, first_rung, own_settings, train_config

@@ -12,7 +12,8 @@ from pipelines.config import FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.runs.checkpoints import load
 from pipelines.store.featurize import featurize
-from pipelines.training.run import run_dir_of, train
+from pipelines.training.prepare import run_dir_of
+from pipelines.training.run import train
 from pipelines.training.stop import Stopped
 from pipelines.training.train_on_ray import _takes_gpus
 from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS

@@ -21,7 +21,7 @@ from pipelines.config import TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.runs.checkpoints import LAST, load
 from pipelines.store.reader import FeatureStore, read_info
-from pipelines.training.run import run_dir_of
+from pipelines.training.prepare import run_dir_of
 from pipelines.workspace import Workspace
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from rich.table import Table
 from pipelines.config import TrainConfig
 from pipelines.runs.checkpoints import LAST
 from pipelines.store.reader import FeatureStore
-from pipelines.training.run import run_dir_of
+from pipelines.training.prepare import run_dir_of
 from pipelines.workspace import Workspace
 from tools.drill.ground import (
     EVERY,
