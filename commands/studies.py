@@ -28,7 +28,7 @@ from commands.options import (
     numbers,
     of_recipe,
 )
-from sweeps.studies.registry import STUDIES
+from sweeps.studies.registry import STUDIES, tables_of
 from sweeps.study import Study
 
 app = typer.Typer()
@@ -102,7 +102,8 @@ def add_study(study: Study) -> None:
                 threads=threads,
                 tracking_uri=tracking_uri,
             )
-            finish_sweep(run_sweep(config, console, command=shlex.join(["python", *sys.argv])))
+            result = run_sweep(config, console, command=shlex.join(["python", *sys.argv]))
+            finish_sweep(result, tables_of(result))
 
     told = (
         "Each variant is trained on each fold and evaluated on unseen classes. Killed and started again, the sweep "
@@ -175,12 +176,12 @@ def search(
             tracking_uri=tracking_uri,
         )
         result = run_search(config, console, command=shlex.join(["python", *sys.argv]))
-        finish_sweep(result, result.best_command and f"the best settings:\n{result.best_command}")
+        finish_sweep(result, result.tables, result.best_command and f"the best settings:\n{result.best_command}")
 
 
-def finish_sweep(result, after: str | None = None) -> None:
+def finish_sweep(result, tables: list, after: str | None = None) -> None:
     """Print a sweep's tables and where they lie; exit code 1 where a trial failed."""
-    for table in result.tables:
+    for table in tables:
         console.print(table.rich())
     for trial, reason in result.failed.items():
         console.print(f"failed: {trial}: {reason.strip().splitlines()[-1]}", style="red", markup=False)
@@ -226,7 +227,7 @@ def demo(
         console.rule("done")
         for picture in pictures:
             console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
-        finish_sweep(result)
+        finish_sweep(result, tables_of(result))
 
 
 @app.command()

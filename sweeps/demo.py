@@ -12,7 +12,8 @@ from pipelines.evaluation.figures import draw_first_episodes
 from pipelines.store.featurize import featurize
 from pipelines.store.reader import FeatureStore
 from pipelines.workspace import Workspace
-from sweeps.runner import SweepResult, run_sweep
+from sweeps.results import SweepResult
+from sweeps.runner import run_sweep
 
 BACKBONE, IMAGE_SIZE = "vit_demo_patch8_128", 128
 WEIGHTS = Path(__file__).parents[1] / "pipelines" / "demo" / "vit_demo.safetensors"

@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sweeps.trial import FoldResult, Job, last_line, task_name
+from sweeps.results import FoldResult, last_line, task_name
+from sweeps.trial import TrialSpec
 
 LINE_SECONDS = 60.0  # between two lines about one trial where there is no terminal
 
@@ -43,11 +44,11 @@ class SweepDisplay:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def started(self, job: Job) -> None:
+    def started(self, job: TrialSpec) -> None:
         self._tasks[job.name] = self._progress.add_task(job.name, total=None, state="starting")
         self._say(f"{job.name}: started", only_log=True)
 
-    def reported(self, job: Job, metrics: dict) -> None:
+    def reported(self, job: TrialSpec, metrics: dict) -> None:
         if metrics["phase"] == "train":
             done, total, state = metrics["step"], job.train.steps, f"step {metrics['step']} of {job.train.steps}"
             state += f"  loss {metrics['loss']:.3f}" if "loss" in metrics else ""
@@ -59,7 +60,7 @@ class SweepDisplay:
             state = f"evaluating, episode {done} of {total}"
         self._show(job, metrics["phase"], done, total, state)
 
-    def finished(self, job: Job, result: FoldResult) -> None:
+    def finished(self, job: TrialSpec, result: FoldResult) -> None:
         first = result.scores[0] if result.scores else None
         task = task_name(first.ways, first.shots, first.prompt) if first else ""
         told = f"mIoU {first.miou:.1f} ({task})" if first else "too few images for every task"
@@ -68,10 +69,10 @@ class SweepDisplay:
             told += f", stopped early at step {result.step}" if result.stopped_early else ""
         self._end(job, f"{told}, {result.seconds / 60:.1f} min")
 
-    def failed(self, job: Job, reason: str) -> None:
+    def failed(self, job: TrialSpec, reason: str) -> None:
         self._end(job, f"[red]failed[/]: {escape(last_line(reason))}")
 
-    def _show(self, job: Job, phase: str, done: int, total: int, state: str) -> None:
+    def _show(self, job: TrialSpec, phase: str, done: int, total: int, state: str) -> None:
         task = self._tasks[job.name]
         # A phase has its own speed, and a training taken up again starts in its middle: neither tells the time left.
         if self._phase.get(job.name) != phase:
@@ -82,7 +83,7 @@ class SweepDisplay:
             self._spoke[job.name] = time.monotonic()
             self._say(f"{job.name}: {state}")
 
-    def _end(self, job: Job, state: str) -> None:
+    def _end(self, job: TrialSpec, state: str) -> None:
         self._done += 1
         self._progress.remove_task(self._tasks.pop(job.name))
         self._progress.update(self._sweep, completed=self._done, state=f"{self._done} of {self._total} trials")

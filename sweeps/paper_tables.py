@@ -6,18 +6,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import rich.table
 from rich.console import Console
 from rich.text import Text
 
-from sweeps.study import Paper, Task, task_title
-from sweeps.trial import Score, last_line
-
-if TYPE_CHECKING:
-    from sweeps.runner import SweepResult
-    from sweeps.study import Variant
+from sweeps.results import Score, SweepResult, last_line
+from sweeps.study import Paper, Task, Variant, task_title
 
 TOO_FEW = "too few images"
 Row = tuple[str, str, str, Paper]  # title, variant, prompt, the paper's numbers
@@ -60,18 +55,18 @@ class Table:
         return console.file.getvalue()
 
 
-def of_variants(result: "SweepResult", variants: "Sequence[Variant]") -> "SweepResult":
+def of_variants(result: SweepResult, variants: Sequence[Variant]) -> SweepResult:
     """The result with only these of its variants."""
     return replace(result, variants=tuple(v for v in result.variants if v in variants))
 
 
-def by_task(result: "SweepResult", name: str, title: str, note: str, paper: bool = True) -> Table:
+def by_task(result: SweepResult, name: str, title: str, note: str, paper: bool = True) -> Table:
     """Variant by task, masks as prompts."""
     rows = [(v.title, v.name, "mask", v.paper if paper else {}) for v in result.variants]
     return task_table(result, name, title, rows, note)
 
 
-def task_table(result: "SweepResult", name: str, title: str, rows: Sequence[Row], note: str) -> Table:
+def task_table(result: SweepResult, name: str, title: str, rows: Sequence[Row], note: str) -> Table:
     """Rows by task: the mean over folds in percent, with the deviation over folds or, of a single fold, over seeds.
 
     A cell says so where trials failed or have not run. The paper's numbers and the differences to them have columns
@@ -95,7 +90,7 @@ def task_table(result: "SweepResult", name: str, title: str, rows: Sequence[Row]
     return Table(name, title, ("", *columns), tuple(map(tuple, cells)), notes)
 
 
-def fold_table(result: "SweepResult", name: str, task: Task) -> Table:
+def fold_table(result: SweepResult, name: str, task: Task) -> Table:
     """Variant by fold for one task, each with its 95 % interval, and the mean of the folds beside the paper's."""
     config = result.config
     number = 1 if task[0] == 1 else 3
@@ -118,7 +113,7 @@ def fold_table(result: "SweepResult", name: str, task: Task) -> Table:
     return Table(name, f"Table {number}: {task_title(*task)}", columns, tuple(cells), notes)
 
 
-def scores_of(result: "SweepResult", variant: str, task: Task, prompt: str = "mask") -> list[Score]:
+def scores_of(result: SweepResult, variant: str, task: Task, prompt: str = "mask") -> list[Score]:
     """A variant's scores on one task, of the folds that are finished."""
     found = [_score(result, variant, fold, task, prompt) for fold in result.config.folds]
     return [score for score in found if score]
@@ -140,12 +135,12 @@ def paper_number(paper: Paper, task: Task, folds: Sequence[int]) -> float | None
     return statistics.fmean(number[fold] for fold in folds) if isinstance(number, tuple) else number
 
 
-def _score(result: "SweepResult", variant: str, fold: int, task: Task, prompt: str) -> Score | None:
+def _score(result: SweepResult, variant: str, fold: int, task: Task, prompt: str) -> Score | None:
     finished = result.results.get(f"{variant}/fold{fold}")
     return finished.score(*task, prompt) if finished else None
 
 
-def _measured(result: "SweepResult", variant: str, task: Task, prompt: str) -> str:
+def _measured(result: SweepResult, variant: str, task: Task, prompt: str) -> str:
     folds = result.config.folds
     scores = scores_of(result, variant, task, prompt)
     if not scores:
@@ -163,7 +158,7 @@ def _with_interval(score: Score) -> str:
     return f"{score.miou:.1f} [{score.interval[0]:.1f}, {score.interval[1]:.1f}]"
 
 
-def _why_not(result: "SweepResult", variant: str, fold: int) -> str:
+def _why_not(result: SweepResult, variant: str, fold: int) -> str:
     name = f"{variant}/fold{fold}"
     return "failed" if name in result.failed else TOO_FEW if name in result.results else "not run"
 
@@ -174,12 +169,12 @@ def _beside(mean: float | None, number: float | None) -> tuple[str, str]:
     return f"{number:.1f}", "-" if mean is None else f"{mean - number:+.1f}"
 
 
-def _setting(result: "SweepResult") -> str:
+def _setting(result: SweepResult) -> str:
     config = result.config
     folds = f"fold{'s' * (len(config.folds) > 1)} {', '.join(map(str, config.folds))}"
     episodes = f"{config.seeds} x {config.episodes} episodes"
     return f"mIoU in % on unseen classes, {folds}, protocol {config.protocol}, {episodes}"
 
 
-def _failures(result: "SweepResult") -> list[str]:
+def _failures(result: SweepResult) -> list[str]:
     return [f"{name} failed: {last_line(reason)}" for name, reason in result.failed.items()]

@@ -12,7 +12,7 @@ from pipelines.store.reader import FeatureStore
 from pipelines.workspace import Workspace, digest
 from sweeps.studies.registry import STUDIES
 from sweeps.study import Variant
-from sweeps.trial import Job
+from sweeps.trial import TrialSpec
 
 SET_BY_SWEEP = {"workspace", "store", "fold", "fold_lists", "device", "threads"}
 NOT_IN_DIGEST = {"workspace", "concurrent", "threads", "gpus", "device", "tracking_uri"}  # they change no result
@@ -26,7 +26,7 @@ class SweepPlan:
     folder: Path
     store: FeatureStore
     variants: tuple[Variant, ...]
-    jobs: tuple[Job, ...]
+    jobs: tuple[TrialSpec, ...]
 
 
 def plan_sweep(config: SweepConfig) -> SweepPlan:
@@ -60,7 +60,7 @@ def _choose(config: SweepConfig) -> tuple[Variant, ...]:
     return tuple(variants[name] for name in wanted)
 
 
-def _job(config: SweepConfig, variant: Variant, fold: int, folder: Path) -> Job:
+def _job(config: SweepConfig, variant: Variant, fold: int, folder: Path) -> TrialSpec:
     place = {"workspace": config.workspace, "store": config.store, "device": config.device, "threads": config.threads}
     evaluations = tuple(
         EvaluateConfig(
@@ -82,7 +82,9 @@ def _job(config: SweepConfig, variant: Variant, fold: int, folder: Path) -> Job:
         gallery = folder / f"{variant.name}-fold{fold}.jpg"
         evaluations = (evaluations[0].model_copy(update={"gallery": gallery}), *evaluations[1:])
     train = _train_config(config, variant, fold, place)
-    return Job(variant, train if variant.trained else None, evaluations, folder / f"{variant.name}-fold{fold}.json")
+    return TrialSpec(
+        variant, train if variant.trained else None, evaluations, folder / f"{variant.name}-fold{fold}.json"
+    )
 
 
 def _train_config(config: SweepConfig, variant: Variant, fold: int, place: dict) -> TrainConfig:

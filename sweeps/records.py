@@ -10,8 +10,9 @@ from pipelines.store.reader import FeatureStore
 from pipelines.tracking.mlflow_runs import Run, Tracker, TrackingError, final_metrics, read_curve
 from pipelines.tracking.run_params import fold_params, git_sha, task_metrics
 from sweeps.paper_tables import Table
+from sweeps.results import FoldResult, last_line
 from sweeps.study import Variant
-from sweeps.trial import FoldResult, Job, last_line
+from sweeps.trial import TrialSpec
 
 logger = logging.getLogger(__name__)
 NAN = float("nan")
@@ -26,7 +27,7 @@ class Plan(Protocol):
     name: str
     store: FeatureStore
     variants: Sequence[Variant]
-    jobs: Sequence[Job]
+    jobs: Sequence[TrialSpec]
 
 
 class SweepRuns:
@@ -45,18 +46,18 @@ class SweepRuns:
         self._sweep = tracker.open(self._study, plan.name, plan.name, "sweep", settings)
         self._variants = {v.name: self._open_variant(v.name) for v in plan.variants}
 
-    def started(self, job: Job) -> None:
+    def started(self, job: TrialSpec) -> None:
         self._tolerate(self._open, job)
 
-    def reported(self, job: Job, metrics: dict) -> None:
+    def reported(self, job: TrialSpec, metrics: dict) -> None:
         if metrics.get("phase") == "train" and job.name in self._live:
             point = {key: value for key, value in metrics.items() if key != "phase"}
             self._tolerate(self._live[job.name].curve, [point])
 
-    def finished(self, job: Job, result: FoldResult) -> None:
+    def finished(self, job: TrialSpec, result: FoldResult) -> None:
         self._tolerate(self._log_finished, job, result)
 
-    def failed(self, job: Job, reason: str) -> None:
+    def failed(self, job: TrialSpec, reason: str) -> None:
         self._failed[job.name] = reason
         self._tolerate(self._log_failed, job)
 
@@ -78,7 +79,7 @@ class SweepRuns:
             if run.status == "RUNNING":
                 self._tolerate(run.close, "KILLED")
 
-    def _end(self, run: Run, unfinished: list[Job], outcome: dict[str, str]) -> None:
+    def _end(self, run: Run, unfinished: list[TrialSpec], outcome: dict[str, str]) -> None:
         failed = [job.name for job in unfinished if outcome[job.name] == "FAILED"]
         if failed:
             run.close("FAILED", "\n".join(f"{name} failed: {last_line(self._failed[name])}" for name in failed))
@@ -90,17 +91,17 @@ class SweepRuns:
         params = fold_params(self._plan.store, name, jobs[0].train, [c for job in jobs for c in job.evaluations])
         return self._tracker.open(self._study, f"{self._plan.name}/{name}", name, "trial", params, self._sweep)
 
-    def _key(self, job: Job) -> str:
+    def _key(self, job: TrialSpec) -> str:
         return f"{self._plan.name}/{job.name}"
 
-    def _open(self, job: Job) -> Run:
+    def _open(self, job: TrialSpec) -> Run:
         if job.name not in self._live:
             params = fold_params(self._plan.store, job.variant.name, job.train, job.evaluations)
             parent = self._variants.get(job.variant.name, self._sweep)  # a search has no variants
             self._live[job.name] = self._tracker.open(self._study, self._key(job), job.name, "fold", params, parent)
         return self._live[job.name]
 
-    def _log_finished(self, job: Job, result: FoldResult) -> None:
+    def _log_finished(self, job: TrialSpec, result: FoldResult) -> None:
         run = self._open(job)
         if result.scores:
             run.params({"episodes_digest": result.episodes_digest, "classes_drawn": _classes_drawn(result)})
@@ -109,10 +110,10 @@ class SweepRuns:
         run.text(job.file.read_text(), job.file.name)
         run.close()
 
-    def _log_failed(self, job: Job) -> None:
+    def _log_failed(self, job: TrialSpec) -> None:
         self._open(job).close("FAILED", self._failed[job.name])
 
-    def _close_fold(self, job: Job, result: FoldResult | None) -> str:
+    def _close_fold(self, job: TrialSpec, result: FoldResult | None) -> str:
         run = self._live.get(job.name) or self._tracker.find(self._study, self._key(job))
         if result:
             if run is None or run.status != "FINISHED":

@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -30,42 +29,24 @@ from pipelines.config import SweepConfig, TrialPlacement
 from pipelines.tracking.mlflow_runs import Tracker
 from pipelines.workspace import Workspace, locked, write_text
 from sweeps.display import SweepDisplay
-from sweeps.paper_tables import Table
 from sweeps.plan import plan_sweep
 from sweeps.records import SweepRuns
-from sweeps.studies.registry import STUDIES
-from sweeps.study import Variant
-from sweeps.trial import FoldResult, Job, Report, describe_error, finished, run_trial
+from sweeps.results import FoldResult, SweepResult, describe_error
+from sweeps.studies.registry import tables_of
+from sweeps.trial import Report, TrialSpec, finished, run_trial
 
-Trainable = Callable[[Job, Report], FoldResult]
+Trainable = Callable[[TrialSpec, Report], FoldResult]
 Work = Callable[[dict, Report], object]  # runs in a worker, on what a trial is given
 WORKER_DIED = "the trial's process died without an error: killed, most likely for lack of memory (--concurrent 1?)"
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """How a sweep ended; trials are named `variant/foldN`."""
-
-    config: SweepConfig
-    name: str
-    folder: Path  # result files and tables
-    variants: tuple[Variant, ...]
-    results: dict[str, FoldResult]  # finished trials
-    failed: dict[str, str]  # trial -> error, its last line the message
-    interrupted: bool  # stopped by Ctrl-C before every trial ended
-
-    @property
-    def tables(self) -> list[Table]:
-        return STUDIES[self.config.study].tables(self)
 
 
 class Listener(Protocol):
     """What the driver tells, in its own process, while trials run."""
 
-    def started(self, job: Job) -> None: ...
-    def reported(self, job: Job, metrics: dict) -> None: ...
-    def finished(self, job: Job, result: FoldResult) -> None: ...
-    def failed(self, job: Job, reason: str) -> None: ...
+    def started(self, job: TrialSpec) -> None: ...
+    def reported(self, job: TrialSpec, metrics: dict) -> None: ...
+    def finished(self, job: TrialSpec, result: FoldResult) -> None: ...
+    def failed(self, job: TrialSpec, reason: str) -> None: ...
 
 
 def run_sweep(
@@ -105,9 +86,10 @@ def run_sweep(
             results = {job.name: result for job in plan.jobs if (result := finished(job))}
             interrupted = any(job.name not in results and job.name not in failed for job in plan.jobs)
             outcome = SweepResult(config, plan.name, plan.folder, plan.variants, results, failed, interrupted)
-            for table in outcome.tables:
+            tables = tables_of(outcome)
+            for table in tables:
                 (plan.folder / f"{table.name}.csv").write_text(table.csv())
-            runs.close(results, outcome.tables)
+            runs.close(results, tables)
             return outcome
         except BaseException:
             runs.abort()
@@ -119,7 +101,7 @@ def run_trials(
     workers: int,
     folder: Path,
     work: Work,
-    jobs: Mapping[str, Job],
+    jobs: Mapping[str, TrialSpec],
     listeners: Sequence[Listener],
     searcher: Searcher | None = None,
 ) -> dict[str, str]:
@@ -163,7 +145,7 @@ def run_trials(
 class _Relay(tune.Callback):
     """Tells the listeners what happens to the trials."""
 
-    def __init__(self, jobs: Mapping[str, Job], listeners: Sequence[Listener]):
+    def __init__(self, jobs: Mapping[str, TrialSpec], listeners: Sequence[Listener]):
         self._jobs, self._listeners = jobs, listeners
         self.errors: dict[str, str] = {}
 

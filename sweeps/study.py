@@ -1,14 +1,10 @@
 """What a study is: its variants, what they are evaluated on, and the numbers the paper printed for it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.config import Prompt
-
-if TYPE_CHECKING:
-    from sweeps.paper_tables import Table
-    from sweeps.runner import SweepResult
 
 Task = tuple[int, int]  # ways, shots
 Paper = Mapping[Task, float | tuple[float, ...]]  # mIoU in percent; a tuple has one number a fold
@@ -36,12 +32,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Study:
-    """A table or figure of the paper: what to train, the tasks to evaluate it on by default, and how to show it."""
+    """A table or figure of the paper: what to train, and the tasks to evaluate it on by default."""
 
     name: str
     about: str  # for --help
     variants: tuple[Variant, ...]
-    tables: Callable[["SweepResult"], "list[Table]"]
     folds: tuple[int, ...] = (0,)
     ways: tuple[int, ...] = (1, 2)
     shots: tuple[int, ...] = (1,)

@@ -4,24 +4,22 @@ Imported by the sweep's workers, so nothing here loads MLflow or Ray.
 """
 
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field
-
-from la.errors import InputError, TooFewImages
-from pipelines.config import EvaluateConfig, Prompt, Settings, TrainConfig
-from pipelines.workspace import digest, write_text
-from sweeps.study import Variant, task_title
+from la.errors import TooFewImages
+from pipelines.config import EvaluateConfig, TrainConfig
+from pipelines.workspace import write_text
+from sweeps.results import FoldResult, Score, read_result, task_name
+from sweeps.study import Variant
 
 Report = Callable[[dict], None]
 REPORT_SECONDS = 1.0  # between reports of an evaluation
 
 
 @dataclass(frozen=True)
-class Job:
+class TrialSpec:
     """What one trial has to do."""
 
     variant: Variant
@@ -39,48 +37,9 @@ class Job:
         return f"{self.variant.name}/fold{self.fold}"
 
 
-class Score(Settings):
-    """One evaluation: mIoU in percent, mean and standard deviation over its seeds, and on which episodes."""
-
-    ways: int
-    shots: int
-    prompt: Prompt
-    miou: float
-    std: float
-    interval: tuple[float, float]  # 95 %, bootstrap over episodes
-    fb_iou: float
-    per_seed: list[float]
-    per_class: dict[str, float]
-    episodes_digest: str
-    classes_drawn: int
-    method: str
-
-
-class FoldResult(Settings):
-    """The JSON file of a trial. It is written after every evaluation, so that a killed trial repeats at most one."""
-
-    variant: str
-    fold: int
-    finished: bool = False
-    stopped_early: bool = False  # by a search, before the last step
-    step: int = 0  # training steps done
-    run_dir: Path | None = None  # of the training run
-    checkpoint: Path | None = None
-    training: dict[str, float] = Field(default_factory=dict)
-    scores: tuple[Score, ...] = ()
-    impossible: dict[str, str] = Field(default_factory=dict)  # tasks for which there are too few images -> why
-    seconds: float = 0.0
-
-    def score(self, ways: int, shots: int, prompt: str) -> Score | None:
-        return next((s for s in self.scores if (s.ways, s.shots, s.prompt) == (ways, shots, prompt)), None)
-
-    @property
-    def episodes_digest(self) -> str:
-        """Of all evaluations together: equal for every variant that was judged on the same episodes."""
-        return digest([s.episodes_digest for s in self.scores])
-
-
-def run_trial(job: Job, report: Report, train: Callable | None = None, evaluate: Callable | None = None) -> FoldResult:
+def run_trial(
+    job: TrialSpec, report: Report, train: Callable | None = None, evaluate: Callable | None = None
+) -> FoldResult:
     """Train (or go on, or find it finished), evaluate what is not evaluated yet, write `job.file` whole each time.
 
     `report` gets {"phase": "train", **training's reports} and {"phase": "evaluate", "done": episodes, "of": episodes}.
@@ -133,38 +92,10 @@ def run_trial(job: Job, report: Report, train: Callable | None = None, evaluate:
     return result
 
 
-def task_name(ways: int, shots: int, prompt: str) -> str:
-    """Such as "5-way 1-shot mask"."""
-    return f"{task_title(ways, shots)} {prompt}"
-
-
-def read_result(file: Path) -> FoldResult | None:
-    """The result in `file`, finished or not; None where there is no file. InputError where it cannot be read."""
-    if not file.exists():
-        return None
-    try:
-        return FoldResult.model_validate_json(file.read_text())
-    except ValueError as error:
-        raise InputError(
-            f"{file} is not the result of a trial ({str(error).splitlines()[0]}). It was edited, or written by another "
-            "version: delete it, and the sweep makes it again."
-        ) from error
-
-
-def finished(job: Job) -> FoldResult | None:
+def finished(job: TrialSpec) -> FoldResult | None:
     """The result of a trial that is finished."""
     result = read_result(job.file)
     return result if result and result.finished else None
-
-
-def describe_error(error: Exception) -> str:
-    """The message of an InputError, which needs no more; a traceback of any other, its last line the message."""
-    return str(error) if isinstance(error, InputError) else "".join(traceback.format_exception(error))
-
-
-def last_line(reason: str) -> str:
-    """The message of what `describe_error` gave."""
-    return reason.strip().splitlines()[-1]
 
 
 def _throttled(report: Report, offset: int, every: int) -> Callable[[int, int], None]:

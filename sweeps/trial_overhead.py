@@ -7,7 +7,8 @@ from pathlib import Path
 from pipelines.bench.ratios import BenchResult, workspace_beside
 from pipelines.config import SweepConfig
 from pipelines.workspace import write_text
-from sweeps.trial import FoldResult, Job, Report
+from sweeps.results import FoldResult
+from sweeps.trial import Report, TrialSpec
 
 STEPS, STEP_SECONDS = 10, 0.05  # of a trial that sleeps in place of training
 BAR_SECONDS = 3.0
@@ -47,7 +48,7 @@ def bench_sweep(store: Path, trials: int = 8) -> BenchResult:
     )
 
 
-def sleep(job: Job, report: Report) -> FoldResult:
+def sleep(job: TrialSpec, report: Report) -> FoldResult:
     """A trial that sleeps where another trains; its reports, and waiting for them, are not its own work."""
     slept = 0.0
     for step in range(1, STEPS + 1):

@@ -81,6 +81,7 @@ def fake_evaluate(config: EvaluateConfig, on_progress) -> SimpleNamespace:
 
 def main(workspace: Path, round_: int) -> None:
     from sweeps.runner import run_sweep
+    from sweeps.studies.registry import tables_of
     from sweeps.trial import run_trial
 
     calls = workspace / "calls.log"
@@ -113,7 +114,7 @@ def main(workspace: Path, round_: int) -> None:
     from rich.console import Console
 
     result = run_sweep(fake_config(workspace), Console(width=120), trial)
-    for table in result.tables:
+    for table in tables_of(result):
         print(table.text())
     outcome = {"finished": sorted(result.results), "failed": result.failed, "interrupted": result.interrupted}
     (workspace / "outcome.json").write_text(json.dumps(outcome | {"folder": str(result.folder)}))

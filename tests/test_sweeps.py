@@ -26,12 +26,13 @@ from pipelines.workspace import Workspace, locked
 from sweeps.display import SweepDisplay
 from sweeps.plan import plan_sweep
 from sweeps.records import SweepRuns, over_folds
-from sweeps.runner import SweepResult, trial_resources
+from sweeps.results import SweepResult, read_result
+from sweeps.runner import trial_resources
 from sweeps.studies.ablations import ABLATIONS, ablation_tables
 from sweeps.studies.across_folds import fold_tables
 from sweeps.studies.prompts import PAPER
-from sweeps.studies.registry import STUDIES
-from sweeps.trial import read_result, run_trial
+from sweeps.studies.registry import STUDIES, tables_of
+from sweeps.trial import run_trial
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")
 
@@ -158,7 +159,7 @@ def test_a_task_without_images_enough_does_not_lose_the_others(tmp_path):
     assert result.finished
     assert {s.ways for s in result.scores} == {1}
     assert result.impossible["2-way 1-shot mask"] == "2-way needs 2 classes; 1 has them"
-    five, _ = ABLATIONS.tables(outcome(config, plan, {plan.jobs[0].name: result}, {}))
+    five, _ = ablation_tables(outcome(config, plan, {plan.jobs[0].name: result}, {}))
     assert five.rows[0][4] == "too few images"
 
 
@@ -344,7 +345,7 @@ def test_every_study_plans_runs_and_tells(tmp_path, name):
     study = STUDIES[name]
     config = fake_config(tmp_path, study=name, variants=None, folds=study.folds[:1], ways=(1, 2), shots=study.shots)
     plan = plan_sweep(config)
-    tables = study.tables(outcome(config, plan, {job.name: finish(job) for job in plan.jobs}, {}))
+    tables = tables_of(outcome(config, plan, {job.name: finish(job) for job in plan.jobs}, {}))
     assert tables
     for table in tables:
         assert table.rows

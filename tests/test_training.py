@@ -27,10 +27,10 @@ from pipelines.runs.checkpoints import load, save
 from pipelines.runs.official_files import import_official
 from pipelines.store.featurize import featurize
 from pipelines.store.reader import FeatureStore
-from pipelines.training.data import read_ahead
 from pipelines.training.loop import Worker, train_loop
 from pipelines.training.prepare import prepare, run_dir_of
 from pipelines.training.run import train
+from pipelines.training.step_batches import read_ahead
 from pipelines.training.train_on_ray import STARTS, Desk
 from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS
 

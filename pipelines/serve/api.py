@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from la.errors import InputError
 from pipelines.serve.jobs import ClassSet, Jobs, Refused, Upload
-from pipelines.serve.results import coco_document, png
+from pipelines.serve.result_files import coco_document, png
 from pipelines.serve.service import MB, NAME_LENGTH, Service, by_class
 
 Number = Annotated[float, Field(allow_inf_nan=False)]

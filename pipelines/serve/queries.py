@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipelines.serve.jobs import PREVIEW, ClassSet, Jobs, Preview, Upload
 from pipelines.serve.queue import Timed
-from pipelines.serve.results import Colour, coco_document, png
+from pipelines.serve.result_files import Colour, coco_document, png
 from pipelines.serve.service import Service
 from pipelines.serve.widgets import data_url, download_button, warn
 

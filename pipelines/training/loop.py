@@ -15,9 +15,9 @@ from pipelines.episodes.batches import BatchBuilder
 from pipelines.evaluation.evaluate import score
 from pipelines.evaluation.shared_work import predictor
 from pipelines.runs.checkpoints import BEST, save, save_last
-from pipelines.training.data import pure_number, read_ahead
 from pipelines.training.prepare import Prepared
 from pipelines.training.state import TrainState, begin, checkpoint
+from pipelines.training.step_batches import pure_number, read_ahead
 from pipelines.workspace import write_text
 
 Report = Callable[[dict], None]

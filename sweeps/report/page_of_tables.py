@@ -16,10 +16,9 @@ from pipelines.workspace import Workspace, write_text
 from sweeps.paper_tables import Table, scores_of
 from sweeps.plan import plan_sweep
 from sweeps.report import plots
-from sweeps.runner import SweepResult
-from sweeps.studies.registry import STUDIES
+from sweeps.results import SweepResult, read_result
+from sweeps.studies.registry import STUDIES, tables_of
 from sweeps.study import Study, task_title
-from sweeps.trial import read_result
 
 GAPS = ("not run", "failed")
 
@@ -98,13 +97,13 @@ def _section(workspace: Workspace, study: Study, sweeps: list[_Found]) -> Sectio
         )
         config = config.model_copy(update={"prompts": study.prompts})
         empty = SweepResult(config, "", Path(), study.variants, {}, {}, False)
-        return Section(study, empty, command, study.tables(empty), [], [], {})
+        return Section(study, empty, command, tables_of(empty), [], [], {})
     shown, *others = sweeps
     result = shown.result
     settings = _settings(result)
     if others:
         settings["other sweeps"] = ", ".join(str(one.result.folder) for one in others)
-    tables, drawn, gallery = study.tables(result), _plots(study, result), _gallery(result)
+    tables, drawn, gallery = tables_of(result), _plots(study, result), _gallery(result)
     return Section(study, result, shown.command or command, tables, drawn, gallery, settings)
 
 

@@ -21,10 +21,11 @@ from pipelines.workspace import Workspace, locked, write_text
 from sweeps.display import SweepDisplay
 from sweeps.paper_tables import Table
 from sweeps.records import SweepRuns
+from sweeps.results import FoldResult
 from sweeps.runner import run_trials
 from sweeps.search.search_state import Search, Work
 from sweeps.search.space import train_command
-from sweeps.trial import FoldResult, Job, finished
+from sweeps.trial import TrialSpec, finished
 
 STUDY = "search"  # MLflow's experiment
 
@@ -36,7 +37,7 @@ class SearchResult:
     config: SearchConfig
     name: str
     folder: Path  # Optuna's journal, result files and the table
-    jobs: dict[str, Job]
+    jobs: dict[str, TrialSpec]
     results: dict[str, FoldResult]  # of trials that ran to their end or were stopped early
     failed: dict[str, str]  # trial -> error, its last line the message
     interrupted: bool  # stopped by Ctrl-C before the last trial
@@ -131,7 +132,7 @@ class Proposals(Searcher):
     def __init__(self, search: Search, waiting: list[FrozenTrial], count: int):
         super().__init__()
         self._search, self._waiting, self._left = search, list(waiting), count
-        self.jobs: dict[str, Job] = {}  # proposed so far
+        self.jobs: dict[str, TrialSpec] = {}  # proposed so far
 
     def __getstate__(self) -> dict:
         return {}  # Tune pickles it for Tuner.restore, which is not used here
@@ -165,16 +166,16 @@ class _Settle:
     def __init__(self, search: Search):
         self._search = search
 
-    def started(self, job: Job) -> None: ...
+    def started(self, job: TrialSpec) -> None: ...
 
-    def reported(self, job: Job, metrics: dict) -> None: ...
+    def reported(self, job: TrialSpec, metrics: dict) -> None: ...
 
-    def finished(self, job: Job, result: FoldResult) -> None:
+    def finished(self, job: TrialSpec, result: FoldResult) -> None:
         self._search.settle(_number(job), result)
 
-    def failed(self, job: Job, reason: str) -> None:
+    def failed(self, job: TrialSpec, reason: str) -> None:
         self._search.settle(_number(job), None)
 
 
-def _number(job: Job) -> int:
+def _number(job: TrialSpec) -> int:
     return int(job.variant.name.removeprefix("trial-"))

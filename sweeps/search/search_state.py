@@ -20,9 +20,10 @@ from pipelines.store.reader import FeatureStore
 from pipelines.training.prepare import run_dir_of
 from pipelines.workspace import Workspace, digest, write_text
 from sweeps.plan import NOT_IN_DIGEST
+from sweeps.results import FoldResult
 from sweeps.search.space import draw_settings, first_rung, own_settings, train_config
 from sweeps.study import Variant
-from sweeps.trial import FoldResult, Job, Report, finished, run_trial
+from sweeps.trial import Report, TrialSpec, finished, run_trial
 
 KEPT = 3  # one of so many trials goes on at a rung
 RANDOM_TRIALS = 10  # before the sampler takes account of results
@@ -46,7 +47,7 @@ class Search:
 
     config: SearchConfig
     variants: tuple[Variant, ...] = ()  # none are given beforehand
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[TrialSpec] = field(default_factory=list)
 
     def __post_init__(self):
         unknown = [name for name in self.config.presets if name not in PRESETS]
@@ -89,10 +90,10 @@ class Search:
         draw_settings(self.study.ask(), presets)
         return self.study.trials[-1]
 
-    def job(self, trial: FrozenTrial) -> Job:
+    def job(self, trial: FrozenTrial) -> TrialSpec:
         """The training of a trial and where its result goes."""
         name = f"trial-{trial.number:04d}"
-        return Job(Variant(name, name), train_config(self.config, trial.params), (), self.folder / f"{name}.json")
+        return TrialSpec(Variant(name, name), train_config(self.config, trial.params), (), self.folder / f"{name}.json")
 
     def settle(self, number: int, result: FoldResult | None) -> None:
         """Tell Optuna how a trial ended, once; None for one that failed."""

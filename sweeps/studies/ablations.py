@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from pipelines.config import PROMPTS
-from sweeps.paper_tables import by_task, of_variants
+from sweeps.paper_tables import Table, by_task, of_variants
+from sweeps.results import SweepResult
 from sweeps.studies.prompts import prompt_table
 from sweeps.study import COMPLETE, HYBRID, Study, Variant, baseline
 
@@ -32,7 +33,7 @@ HYBRIDS = (
 )
 
 
-def ablation_tables(result):
+def ablation_tables(result: SweepResult) -> list[Table]:
     """Table 5 and that of the hybrid, configuration by task with masks, and table 6 where there are other prompts."""
     tables = []
     if "mask" in result.config.prompts:
@@ -50,6 +51,5 @@ ABLATIONS = Study(
     "ablations",
     "Tables 5 and 6: LA, and the hybrid, without each of their parts, and by kind of prompt.",
     (*LA, *HYBRIDS),
-    ablation_tables,
     prompts=PROMPTS,
 )

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from sweeps.paper_tables import Table, fold_table
+from sweeps.results import SweepResult
 from sweeps.study import COMPLETE, HYBRID, OFFICIAL, Study, baseline
 
 LA = {
@@ -23,7 +24,7 @@ BASELINES = (
 )
 
 
-def fold_tables(result) -> list[Table]:
+def fold_tables(result: SweepResult) -> list[Table]:
     """Of each task one table, 1-way those of table 1, with more ways those of table 3."""
     config = result.config
     return [
@@ -37,7 +38,6 @@ FOLD_STUDY = Study(
     "folds",
     "Tables 1 and 3: LA in all presets and every baseline, on every fold, with 1, 2 and 5 ways.",
     (replace(COMPLETE, paper=LA), replace(OFFICIAL, paper=LA), HYBRID, *BASELINES),
-    fold_tables,
     folds=(0, 1, 2, 3),
     ways=(1, 2, 5),
     shots=(1, 5),

@@ -2,6 +2,7 @@
 
 from pipelines.config import PROMPTS, Prompt
 from sweeps.paper_tables import Table, task_table
+from sweeps.results import SweepResult
 from sweeps.study import COMPLETE, HYBRID, Study, Task
 
 TITLES: dict[Prompt, str] = {"mask": "masks", "point_box": "boxes and points", "box": "boxes", "point": "points"}
@@ -14,7 +15,7 @@ PAPER: dict[Prompt, dict[Task, float]] = {
 }
 
 
-def prompt_table(result) -> list[Table]:
+def prompt_table(result: SweepResult) -> list[Table]:
     """Prompt kind by task, of the complete model and of the hybrid; nothing where the sweep has neither."""
     prompts = [p for p in TITLES if p in result.config.prompts]
     rows = []
@@ -33,7 +34,6 @@ PROMPT_STUDY = Study(
     "prompts",
     "Table 6: masks, boxes and points as prompts at evaluation.",
     (COMPLETE, HYBRID),
-    prompt_table,
     folds=(0, 1, 2, 3),
     shots=(1, 5),
     prompts=PROMPTS,

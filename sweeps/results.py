@@ -1,0 +1,94 @@
+"""What trials and sweeps come to, as plain data: one JSON file a trial, and all of a sweep together."""
+
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+
+from la.errors import InputError
+from pipelines.config import Prompt, Settings, SweepConfig
+from pipelines.workspace import digest
+from sweeps.study import Variant, task_title
+
+
+class Score(Settings):
+    """One evaluation: mIoU in percent, mean and standard deviation over its seeds, and on which episodes."""
+
+    ways: int
+    shots: int
+    prompt: Prompt
+    miou: float
+    std: float
+    interval: tuple[float, float]  # 95 %, bootstrap over episodes
+    fb_iou: float
+    per_seed: list[float]
+    per_class: dict[str, float]
+    episodes_digest: str
+    classes_drawn: int
+    method: str
+
+
+class FoldResult(Settings):
+    """The JSON file of a trial. It is written after every evaluation, so that a killed trial repeats at most one."""
+
+    variant: str
+    fold: int
+    finished: bool = False
+    stopped_early: bool = False  # by a search, before the last step
+    step: int = 0  # training steps done
+    run_dir: Path | None = None  # of the training run
+    checkpoint: Path | None = None
+    training: dict[str, float] = Field(default_factory=dict)
+    scores: tuple[Score, ...] = ()
+    impossible: dict[str, str] = Field(default_factory=dict)  # tasks for which there are too few images -> why
+    seconds: float = 0.0
+
+    def score(self, ways: int, shots: int, prompt: str) -> Score | None:
+        return next((s for s in self.scores if (s.ways, s.shots, s.prompt) == (ways, shots, prompt)), None)
+
+    @property
+    def episodes_digest(self) -> str:
+        """Of all evaluations together: equal for every variant that was judged on the same episodes."""
+        return digest([s.episodes_digest for s in self.scores])
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """How a sweep ended; trials are named `variant/foldN`."""
+
+    config: SweepConfig
+    name: str
+    folder: Path  # result files and tables
+    variants: tuple[Variant, ...]
+    results: dict[str, FoldResult]  # finished trials
+    failed: dict[str, str]  # trial -> error, its last line the message
+    interrupted: bool  # stopped by Ctrl-C before every trial ended
+
+
+def task_name(ways: int, shots: int, prompt: str) -> str:
+    """Such as "5-way 1-shot mask"."""
+    return f"{task_title(ways, shots)} {prompt}"
+
+
+def read_result(file: Path) -> FoldResult | None:
+    """The result in `file`, finished or not; None where there is no file. InputError where it cannot be read."""
+    if not file.exists():
+        return None
+    try:
+        return FoldResult.model_validate_json(file.read_text())
+    except ValueError as error:
+        raise InputError(
+            f"{file} is not the result of a trial ({str(error).splitlines()[0]}). It was edited, or written by another "
+            "version: delete it, and the sweep makes it again."
+        ) from error
+
+
+def describe_error(error: Exception) -> str:
+    """The message of an InputError, which needs no more; a traceback of any other, its last line the message."""
+    return str(error) if isinstance(error, InputError) else "".join(traceback.format_exception(error))
+
+
+def last_line(reason: str) -> str:
+    """The message of what `describe_error` gave."""
+    return reason.strip().splitlines()[-1]
