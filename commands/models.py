@@ -198,9 +198,6 @@ def evaluate(
     pool_draws: Annotated[
         int, typer.Option(min=0, help="Mean over so many draws of the token-pool rows; 0: fixed rows.")
     ] = 0,
-    background: Annotated[
-        Literal["learned", "supports"], typer.Option(help="supports: what no prompt covers prompts the background.")
-    ] = "learned",
     flips: Annotated[bool, typer.Option("--flips", help="Mean with the query's features flipped.")] = False,
     picture: Annotated[
         Path | None, typer.Option(help="Draw the first episode of each seed: supports, query, truth, prediction.")
@@ -234,7 +231,6 @@ def evaluate(
             split=split,
             protocol=protocol,
             pool_draws=pool_draws,
-            background=background,
             flips=flips,
             gallery=gallery,
             device=device,

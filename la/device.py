@@ -14,7 +14,7 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used here ({error}). Use --device cpu or auto.") from error
+        raise InputError(f"device {name} cannot be used here ({error}). Use cpu or auto.") from error
 
 
 def autocast(device: torch.device) -> AbstractContextManager:

@@ -203,7 +203,6 @@ class EvaluateConfig(ProtocolSettings):
     split: Literal["val", "train"] = "val"
     # variants of a trained model at test time, see la.evaluation.test_time
     pool_draws: int = Field(0, ge=0)  # mean over so many draws of the token-pool rows; 0: fixed rows
-    background: Literal["learned", "supports"] = "learned"  # supports: what no prompt covers is a prompt too
     flips: bool = False  # mean with the query's features flipped
     gallery: Path | None = None  # draw the best, median and worst episodes into this JPEG
     device: str = "auto"

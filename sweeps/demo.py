@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from la.predictor.checkpoint import BUNDLED_WEIGHTS
 from pipelines.config import EvaluateConfig, FeaturizeConfig, SweepConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.episodes.episode_shards import ensure_episodes, training_plan
@@ -16,7 +17,7 @@ from sweeps.results import SweepResult
 from sweeps.runner import run_sweep
 
 BACKBONE, IMAGE_SIZE = "vit_demo_patch8_128", 128
-WEIGHTS = Path(__file__).parents[1] / "pipelines" / "demo" / "vit_demo.safetensors"
+WEIGHTS = BUNDLED_WEIGHTS[BACKBONE]
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,10 @@ def _two_way(transformer, tokens, image, place):
 def _fuse(fusion, image, sparse, place):
     if hasattr(fusion, "transformer"):
         return _two_way(fusion.transformer, sparse, image, place)[1]
+    (layer,) = fusion.layers
     placed = image + place
-    sparse = fusion.token_norm(sparse + _attend(fusion.token_to_image, sparse, placed, placed))
-    return fusion.image_norm(image + _attend(fusion.image_to_token, placed, sparse, sparse))
+    sparse = layer.token_norm(sparse + _attend(layer.token_to_image, sparse, placed, placed))
+    return layer.image_norm(image + _attend(layer.image_to_token, placed, sparse, sparse))
 
 
 def _mix(mixer, embeddings, slots):
@@ -95,10 +96,10 @@ def _mix(mixer, embeddings, slots):
 
 def _decode(model, episode, features, place, prototypes, grid):
     decoder, query = model.decoder, model.neck(features([episode.query]))[0]
-    if model.config.two_way_ffn:
-        prototypes, query = _two_way(decoder.attention, prototypes, query, place)
+    if model.config.arch == "released":
+        prototypes, query = _two_way(decoder.layers[0], prototypes, query, place)
     else:
-        step = decoder.attention
+        step = decoder.layers[0]
         query = step.image_norm(query + _attend(step.image_to_class, query, prototypes, prototypes))
         prototypes = step.class_norm(prototypes + _attend(step.class_to_image, prototypes, query, query))
     image = decoder.spatial_convs(decoder.upscaling(query.T.unflatten(1, grid)[None]))[0]

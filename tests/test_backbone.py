@@ -7,7 +7,8 @@ import timm
 import torch
 from PIL import Image
 
-from la.backbone.vit import identify_weights, load_backbone, preprocessing, read_photo
+from la.backbone.vit import identify_weights, load_backbone, preprocessing
+from la.data.photos import read_photo
 from la.errors import InputError
 from tests.conftest import TINY
 
@@ -99,18 +100,18 @@ def test_half_precision_position_embeddings_are_resized_in_full_precision(tiny_w
 
 
 def test_a_name_timm_does_not_know_is_refused():
-    with pytest.raises(InputError, match=r"--backbone vit_bsae_patch16_224 is not a model.*Near it: vit_b"):
+    with pytest.raises(InputError, match=r"backbone vit_bsae_patch16_224 is not a model.*Near it: vit_b"):
         load_backbone("vit_bsae_patch16_224", 224)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
 def test_a_model_that_is_no_plain_vit_is_refused(name):
-    with pytest.raises(InputError, match=f"--backbone {name} is not a plain ViT"):
+    with pytest.raises(InputError, match=f"backbone {name} is not a plain ViT"):
         load_backbone(name, 224)
 
 
 def test_a_size_the_patch_does_not_divide_is_refused_with_the_nearest(tiny_weights):
-    with pytest.raises(InputError, match=r"--image-size 100 is not a multiple of 8.*Pass 96 or 104"):
+    with pytest.raises(InputError, match=r"image_size 100 is not a multiple of 8.*Pass 96 or 104"):
         load_backbone(NAME, 100, tiny_weights)
 
 
@@ -139,7 +140,7 @@ def test_a_weights_file_that_cannot_be_read_is_refused(tmp_path, suffix):
     for content in (None, b"", b"not weights at all"):
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(InputError, match=f"--weights {path}"):
+        with pytest.raises(InputError, match=f"weights {path}"):
             load_backbone(NAME, SIZE, path)
 
 
@@ -158,7 +159,7 @@ def test_without_a_hub_the_error_says_what_to_pass(monkeypatch):
         return create(*arguments, **others)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(InputError, match=r"timm wants timm/vit_tiny_patch16_224\.augreg_in21k_ft_in1k.*--weights FILE"):
+    with pytest.raises(InputError, match=r"timm wants timm/vit_tiny_patch16_224\.augreg_in21k_ft_in1k.*weights FILE"):
         load_backbone("vit_tiny_patch16_224", 224)
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from la.episodes.batch import pack
+from la.episodes.coverage import prompt_coverage
 from la.episodes.sampling import Episode, Pair
-from la.evaluation.baselines import BASELINES, affinity, k_means, parts, prompt_coverage, prototype, ridge
+from la.evaluation.baselines import BASELINES, affinity, k_means, parts, prototype, ridge
 
 OBJECT, GROUND, THIRD = torch.eye(3)
 

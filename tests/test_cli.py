@@ -141,11 +141,11 @@ def test_mistakes_are_one_message_and_exit_code_2(mistake, tmp_path):
     [
         (["train", "--fold", 4], "folds 0 to 3"),
         (["evaluate", "--fold", 0, "--method", "magic"], "--method magic is unknown"),
-        (["evaluate", "--method", "prototype", "--ways", 20, "--shots", 30], "Lower --ways or --shots"),
+        (["evaluate", "--method", "prototype", "--ways", 20, "--shots", 30], "Lower ways or shots"),
         (["evaluate", "--checkpoint", "nowhere.pt"], "is not there"),
         (["sweep", "ablations", "--folds", "a"], "expected whole numbers"),
         (["sweep", "ablations", "--folds", "7"], "0, 1, 2 and 3"),
-        (["train", "--device", "cuda:9"], "--device cuda:9"),
+        (["train", "--device", "cuda:9"], "device cuda:9 cannot be used"),
         (["train", "--dim", 100], "multiple of 16"),
         (["train", "--batch-scale", 0], "--batch-scale"),
         (["train", "--epochs", "nan"], "--epochs is nan"),

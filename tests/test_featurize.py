@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import pipelines.store.featurize
-from la.backbone.vit import load_backbone, read_photo
+from la.backbone.vit import load_backbone
+from la.data.photos import read_photo
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig
 from pipelines.store.featurize import featurize, plan_shards
@@ -112,7 +113,7 @@ def test_a_killed_run_goes_on_where_it_was(config, tmp_path):
 
 def test_a_bad_photo_stops_the_run_and_is_named(config):
     photo = truncate(config.coco_dir)
-    with pytest.raises(InputError, match=f"{photo}.*--skip-bad"):
+    with pytest.raises(InputError, match=f"{photo}.*skip_bad"):
         featurize(config)
 
 
@@ -135,7 +136,7 @@ def test_shards_that_leave_photos_out_are_not_taken_up_unasked(config):
     truncate(config.coco_dir)
     report = featurize(changed(config, skip_bad=True))
     (report.store / "store.json").unlink()
-    with pytest.raises(InputError, match="--skip-bad"):
+    with pytest.raises(InputError, match="skip_bad"):
         featurize(config)
 
 
@@ -149,7 +150,7 @@ def test_a_photo_of_another_size_than_annotated_is_refused(config):
 
 
 def test_a_split_that_is_not_there_is_named(config):
-    with pytest.raises(InputError, match=r"no train split.*instances_train2014.*--train-split"):
+    with pytest.raises(InputError, match=r"no train split.*instances_train2014.*train_split"):
         featurize(changed(config, train_split="train2014"))
 
 

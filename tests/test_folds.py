@@ -51,5 +51,5 @@ def test_the_classes_of_voc_have_the_folds_of_pascal_5i(fold):
 
 @pytest.mark.parametrize("fold", [-1, 4])
 def test_a_fold_that_is_none_is_refused(fold):
-    with pytest.raises(InputError, match=f"--fold is {fold}; .* 0 to 3"):
+    with pytest.raises(InputError, match=f"fold is {fold}; .* 0 to 3"):
         fold_classes(COCO, fold)

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from pycocotools import mask as rle_tools
 
-from la.backbone.vit import _read_state, read_photo
+from la.backbone.vit import _read_state
 from la.data.coco import Dataset, label_map, load_coco
+from la.data.photos import read_photo
 from la.episodes.sampling import Pool
 from la.errors import InputError
 from pipelines.episodes.batches import BatchBuilder

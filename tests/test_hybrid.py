@@ -10,7 +10,9 @@ from la.episodes.sampling import Episode, Pair
 from la.errors import InputError
 from la.evaluation.losses import iou_loss
 from la.model.label_anything import build, load_state, preset, save_state
-from la.model.matching import Matching, ObjectMetric, PromptCompletion, smoothed
+from la.model.matching import Matching, smoothed
+from la.model.object_metric import ObjectMetric
+from la.model.prompt_completion import PromptCompletion
 from pipelines.config import TrainConfig
 from pipelines.training.prepare import model_config
 

@@ -1,6 +1,7 @@
 """Dependencies point one way: cli -> commands -> sweeps -> pipelines -> la."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,30 @@ def test_a_file_imports_only_what_its_place_allows(path):
     assert not imported & FORBIDDEN[package]
     if package != "la" and "tracking" not in path.parts:
         assert "mlflow" not in imported, "only pipelines/tracking/ talks to MLflow"
+
+
+WITHIN_LA = ("", "data", "backbone", "episodes", "model", "evaluation", "predictor")
+JOBS = ("", "store", "episodes", "runs", "evaluation", "training", "tracking", "predict", "demo", "serve", "bench")
+
+
+@pytest.mark.parametrize(("package", "order"), [("la", WITHIN_LA), ("pipelines", JOBS)])
+def test_folders_import_those_before_them(package, order):
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT / package).parts
+        own = parts[0] if len(parts) > 1 else ""
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
+                names = node.module.split(".")[1:]
+                other = names[0] if (ROOT / package / names[0]).is_dir() else ""
+                assert order.index(other) <= order.index(own), f"{path}: {node.module}"
+
+
+def test_the_model_knows_no_command_line_and_nothing_above_it():
+    for path in sorted((ROOT / "la").rglob("*.py")):
+        texts = [
+            n.value
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        ]
+        flags = [text for text in texts if re.search(r"(?<![\w-])--[a-z]", text)]
+        assert not flags, f"{path}: {flags}"

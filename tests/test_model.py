@@ -1,6 +1,7 @@
 """The model's parts, its size and its checkpoints, losses and schedules. For its invariances see test_invariances."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -36,9 +37,10 @@ def test_depth_adds_parameters_and_changes_nothing_else(name):
         for part in [part for name, part in model.named_modules() if name.endswith("out")]:  # starts at nothing
             torch.nn.init.normal_(part.weight) if part.weight.abs().sum() == 0 else None
         model(batch)[:, :, ::3].square().sum().backward()
-        deeper = {name.split(".more.")[0] for name, _ in model.named_parameters() if ".more." in name}
-        for part in deeper:  # each is used, in the fusion and in the decoder
-            grads = [p.grad for name, p in model.named_parameters() if name.startswith(f"{part}.more.")]
+        # each layer is used, in the fusion and in the decoder
+        names = [re.match(r".*\.more\.|.*\.layers\.\d+\.", name) for name, _ in model.named_parameters()]
+        for part in {name[0] for name in names if name}:
+            grads = [p.grad for name, p in model.named_parameters() if name.startswith(part)]
             assert any(grad is not None and grad.abs().sum() > 0 for grad in grads), part
 
 
@@ -151,3 +153,23 @@ def test_attention_without_projecting_the_map_is_exact():
         torch.testing.assert_close(attention.gather(some, image, other), attention(some, image, other))
         mixed = attention.spread(image, some, 2 * some, real)
         torch.testing.assert_close(mixed, attention(image, some, 2 * some, real))
+
+
+@pytest.mark.parametrize("name", ["paper", "official"])
+def test_a_checkpoint_of_before_the_arch_had_a_name_is_read(name):
+    torch.manual_seed(0)
+    small = {"two_way_ffn": 48, "block_ffn": 40} if name == "official" else {}
+    saved = save_state(build(preset(name, channels=CHANNELS, dim=32, depth=2, **small)))
+    config = {key: value for key, value in saved["config"].items() if key != "arch"}
+    old = {}
+    for key, tensor in saved["state"].items():
+        if name == "paper":
+            key = key.replace("fusion.layers.0.", "fusion.").replace("fusion.layers.1.", "fusion.more.0.")
+        key = key.replace("decoder.layers.0.", "decoder.attention.").replace("decoder.layers.1.", "decoder.more.0.")
+        old[key] = tensor
+    if name == "paper":
+        config |= {"two_way_ffn": None, "block_ffn": None}
+    again = load_state(saved | {"config": config, "state": old})
+    assert again.config.arch == ("paper" if name == "paper" else "released")
+    assert save_state(again)["state"].keys() == saved["state"].keys()
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in saved["state"].items())

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from la.data.coco import decode
 from la.device import pick_device
+from la.episodes.coverage import mask_coverage
 from la.errors import InputError
-from la.evaluation.baselines import mask_coverage
 from la.model.decoder import segment
 from la.model.label_anything import build, preset, save_state
 from la.predictor.checkpoint import BUNDLED_WEIGHTS, read_checkpoint

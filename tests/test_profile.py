@@ -90,9 +90,9 @@ def test_a_peak_is_seen_after_it_is_over():
     [
         ({"methods": ["la", "dcama"]}, "--methods names dcama; choose from la, hybrid, prototype"),
         ({"shots": [0, 1]}, "--shots is '0,1'"),
-        ({"fold": 4}, "--fold is 4"),
-        ({"preset": "huge"}, "--preset huge is unknown"),
-        ({"checkpoint": Path("nowhere")}, "--checkpoint nowhere is not there"),
+        ({"fold": 4}, "fold is 4"),
+        ({"preset": "huge"}, "preset huge is unknown"),
+        ({"checkpoint": Path("nowhere")}, "checkpoint nowhere is not there"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_measured(workspace, change, message):

@@ -13,10 +13,11 @@ from pycocotools.coco import COCO
 from safetensors.torch import load_file
 
 import la.backbone.vit_demo  # noqa: F401  (makes the model known to timm)
+from la.predictor.checkpoint import BUNDLED_WEIGHTS
 from pipelines.demo import drawing, scenes
 from tools.demo_pretrain import other_objects, pretrain
 
-WEIGHTS = Path(scenes.__file__).with_name("vit_demo.safetensors")
+WEIGHTS = BUNDLED_WEIGHTS["vit_demo_patch8_128"]
 SMALL = {"train_images": 12, "val_images": 8}
 
 

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle_tools
 
-from la.backbone.vit import load_backbone, read_photo
+from la.backbone.vit import load_backbone
 from la.data.coco import Annotation, decode, find_splits, load_coco
+from la.data.photos import read_photo
 from la.data.rle import MAX_OUTLINE, MAX_PIXELS, compress, run_lengths
 from la.errors import InputError
 from pipelines.cluster import ray_session

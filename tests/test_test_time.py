@@ -7,7 +7,7 @@ import torch
 
 from la.episodes.batch import pack
 from la.episodes.sampling import Episode, Pair
-from la.evaluation.test_time import averaged_over_draws, with_background_prompts, with_flips
+from la.evaluation.test_time import averaged_over_draws, with_flips
 from la.model.label_anything import LabelAnything, preset
 
 CHANNELS = 8
@@ -41,16 +41,3 @@ def test_flips_do_not_care_which_way_round_the_query_comes(model, batch):
 def test_draws_of_the_token_pool_are_averaged(model, batch):
     expected = (model(batch, [0]) + model(batch, [1]) + model(batch, [2])) / 3
     torch.testing.assert_close(averaged_over_draws(model, batch, 3), expected)
-
-
-def test_the_background_is_prompted_with_what_no_prompt_covers(batch):
-    prompted = with_background_prompts(batch)
-    slots = prompted.pairs.slot[prompted.mask_pair]
-    masks = {int(s): [] for s in slots}
-    for slot, mask in zip(slots.tolist(), prompted.masks, strict=True):
-        masks[slot].append(mask)
-    assert len(masks[0]) == 2, "one on each support"
-    for mask in masks[0]:
-        assert (mask[:, :8] == 0).all()
-        assert (mask[:, 8:] == 1).all()
-    torch.testing.assert_close(masks[1][0] + masks[0][0], torch.ones(16, 16))

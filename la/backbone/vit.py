@@ -8,21 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import timm
 import torch
-from PIL import Image
 from torch import nn
 
 import la.backbone.vit_demo  # noqa: F401  timm learns the demo's ViT by this import
-from la.data.rle import MAX_PIXELS
 from la.device import autocast
 from la.errors import InputError
 
 LAYER = "final block, final norm, patch tokens only"
-PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # of the others of Pillow, EPS starts an interpreter of its own
 
 
 def preprocessing(name: str) -> dict[str, Any]:
@@ -46,48 +42,7 @@ def identify_weights(name: str, weights: Path | None) -> str:
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
     except OSError as error:
         raise InputError(
-            f"--weights {weights} cannot be read ({error.strerror}). Pass a .safetensors or .pth."
-        ) from error
-
-
-def read_photo(path: Path, image_size: int, expected: tuple[int, int] | None = None) -> torch.Tensor:
-    """(3, S, S) uint8 RGB of a photo squashed to `image_size` pixels a side; raises as `decode_photo` does."""
-    return squash(decode_photo(path, expected), image_size)
-
-
-def squash(rgb: Image.Image, image_size: int) -> torch.Tensor:
-    """(3, S, S) uint8 of an RGB photo squashed to a square, bicubic: what the backbone takes."""
-    squashed = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
-
-
-def decode_photo(path: Path, expected: tuple[int, int] | None = None) -> Image.Image:
-    """A photo as RGB; grey photos become so.
-
-    Sizes are checked before anything is decoded. Raises InputError for a file that is missing, no photo, truncated or
-    of more than MAX_PIXELS, and, where `expected` gives the annotated (height, width) in pixels, for a photo of another
-    size: its masks would lie elsewhere.
-    """
-    skip = "or pass --skip-bad to leave such photos out."
-    try:
-        with path.open("rb") as file, Image.open(file, formats=PHOTO_FORMATS) as photo:
-            width, height = photo.size
-            if expected is not None and (height, width) != tuple(expected):
-                raise InputError(
-                    f"{path} is {width}x{height} pixels, but the annotations say {expected[1]}x{expected[0]}. "
-                    f"Restore the original photo, {skip}"
-                )
-            if width * height > MAX_PIXELS:
-                raise InputError(
-                    f"{path} says it is {width}x{height} pixels; expected at most {MAX_PIXELS} in all. Scale it down "
-                    f"with its annotations, {skip}"
-                )
-            return photo.convert("RGB")
-    except InputError:
-        raise
-    except Exception as error:  # the decoders answer damaged files with errors of many kinds
-        raise InputError(
-            f"{path} cannot be decoded ({error!s:.120}); expected a whole JPEG or PNG. Download it again, {skip}"
+            f"weights {weights} cannot be read ({error.strerror}). Pass a .safetensors or .pth."
         ) from error
 
 
@@ -156,7 +111,7 @@ def load_backbone(
         except Exception as error:  # the hub client raises anything from OSError to its HTTP library's own
             raise InputError(
                 f"The weights of {name} could not be had from the model hub (timm wants {_hub_id(name)}; "
-                f"{type(error).__name__}: {error!s:.160}). Pass --weights FILE, a .safetensors or .pth in timm's names."
+                f"{type(error).__name__}: {error!s:.160}). Pass weights FILE, a .safetensors or .pth in timm's names."
             ) from error
     return Backbone(name, vit, image_size).to(device)
 
@@ -177,7 +132,7 @@ def random_vit(name: str, image_size: int) -> nn.Module:
     if image_size % patch or image_size < patch:
         lower = max(image_size // patch, 1) * patch
         raise InputError(
-            f"--image-size {image_size} is not a multiple of {patch}, the patch size of {name}. "
+            f"image_size {image_size} is not a multiple of {patch}, the patch size of {name}. "
             f"Pass {lower} or {lower + patch}."
         )
     return vit
@@ -192,7 +147,7 @@ def _pretrained_config(name: str) -> Any:
         family = name.split(".")[0]
         near = timm.list_pretrained(f"{family}*") or timm.list_models(f"{family[:8]}*") or timm.list_models("vit_base*")
         raise InputError(
-            f"--backbone {name} is not a model that timm {timm.__version__} knows. Near it: {', '.join(near[:5])}."
+            f"backbone {name} is not a model that timm {timm.__version__} knows. Near it: {', '.join(near[:5])}."
         ) from error
 
 
@@ -203,14 +158,14 @@ def _hub_id(name: str) -> str:
 
 def _not_a_vit(name: str) -> InputError:
     return InputError(
-        f"--backbone {name} is not a plain ViT: one size of tokens from first block to last is needed. "
+        f"backbone {name} is not a plain ViT: one size of tokens from first block to last is needed. "
         "Pass one such as vit_base_patch16_224.mae or vit_small_patch14_dinov2."
     )
 
 
 def _load_file(vit: nn.Module, name: str, file: Path) -> None:
     state = _read_state(file)
-    shown = f"--weights {file} does not fit {name}"
+    shown = f"weights {file} does not fit {name}"
     # Each timm family has its own filter under this name: it renames old keys and resizes the position embedding.
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     try:
@@ -244,14 +199,14 @@ def _read_state(file: Path) -> dict[str, torch.Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files give errors of many kinds, and code in them is refused by yet another
         raise InputError(
-            f"--weights {file} cannot be read ({type(error).__name__}: {error!s:.120}); "
+            f"weights {file} cannot be read ({type(error).__name__}: {error!s:.120}); "
             "expected tensors alone in a .safetensors or .pth. Download it again or convert it."
         ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"--weights {file} holds no state dict: expected names and tensors, or them under `model`.")
+        raise InputError(f"weights {file} holds no state dict: expected names and tensors, or them under `model`.")
     # Half-precision files are widened first: the position embedding would be resized in their precision.
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 

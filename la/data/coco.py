@@ -101,7 +101,7 @@ def find_splits(coco_dir: Path, names: Mapping[str, str] | None = None) -> dict[
     """
     if not coco_dir.is_dir():
         raise InputError(
-            f"--coco-dir {coco_dir} is not a folder. Expected annotations/instances_train2017.json, "
+            f"coco_dir {coco_dir} is not a folder. Expected annotations/instances_train2017.json, "
             "annotations/instances_val2017.json, train2017/ and val2017/ in it, as COCO is downloaded."
         )
     splits: dict[str, tuple[Path, Path]] = {}
@@ -118,8 +118,8 @@ def find_splits(coco_dir: Path, names: Mapping[str, str] | None = None) -> dict[
             found = ", ".join(sorted(p.name for p in (coco_dir / "annotations").glob("*.json"))) or "no annotation file"
             folders = ", ".join(sorted(p.name for p in coco_dir.iterdir() if p.is_dir())) or "no folder"
             raise InputError(
-                f"--coco-dir {coco_dir} has no {role} split: expected annotations/{pattern} and a photo folder of the "
-                f"same name; found {found}; folders {folders}. Name another split with --{role}-split."
+                f"coco_dir {coco_dir} has no {role} split: expected annotations/{pattern} and a photo folder of the "
+                f"same name; found {found}; folders {folders}. Name another as {role}_split."
             )
     return splits
 
@@ -141,7 +141,7 @@ def load_coco(file: Path, photos: Path | None, split: str) -> Dataset:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{file} is not a COCO instances file ({type(error).__name__}: {error!s:.120}); expected JSON with "
-            "`images`, `annotations` and `categories`. Download it again or pass another --coco-dir."
+            "`images`, `annotations` and `categories`. Download it again or pass another coco_dir."
         ) from error
     categories = _by_id(raw_categories, "categories", _category, file)
     images = _by_id(raw_images, "images", _image, file)

@@ -26,7 +26,7 @@ def fold_classes(
     fold, fold + 4, ...; "contiguous" a block. Raises InputError for a fold outside 0-3.
     """
     if not 0 <= fold < FOLDS:
-        raise InputError(f"--fold is {fold}; COCO-20i and PASCAL-5i have folds 0 to {FOLDS - 1}. Choose one of them.")
+        raise InputError(f"fold is {fold}; COCO-20i and PASCAL-5i have folds 0 to {FOLDS - 1}. Choose one of them.")
     ordered = sorted(categories)
     if {name for names in PASCAL_5I for name in names} == set(categories.values()):
         unseen = [c for c in ordered if categories[c] in PASCAL_5I[fold]]

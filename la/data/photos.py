@@ -1,14 +1,15 @@
-"""Photos as users have them: files, Pillow images or arrays, of any size, grey or turned by their camera."""
+"""Photos: those of a data set, of a known size, and as users have them, of any size or turned by their camera."""
 
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
-from la.backbone.vit import PHOTO_FORMATS
 from la.data.rle import MAX_PIXELS
 from la.errors import InputError
 
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # of the others of Pillow, EPS starts an interpreter of its own
 Photo = Path | str | Image.Image | np.ndarray
 
 
@@ -45,3 +46,44 @@ def name_of(photo: Photo) -> str:
     if isinstance(photo, Image.Image):
         return getattr(photo, "filename", "") or f"image {photo.width}x{photo.height}"
     return str(photo)
+
+
+def read_photo(path: Path, image_size: int, expected: tuple[int, int] | None = None) -> torch.Tensor:
+    """(3, S, S) uint8 RGB of a photo squashed to `image_size` pixels a side; raises as `decode_photo` does."""
+    return squash(decode_photo(path, expected), image_size)
+
+
+def squash(rgb: Image.Image, image_size: int) -> torch.Tensor:
+    """(3, S, S) uint8 of an RGB photo squashed to a square, bicubic: what the backbone takes."""
+    squashed = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
+
+
+def decode_photo(path: Path, expected: tuple[int, int] | None = None) -> Image.Image:
+    """A photo as RGB; grey photos become so.
+
+    Sizes are checked before anything is decoded. Raises InputError for a file that is missing, no photo, truncated or
+    of more than MAX_PIXELS, and, where `expected` gives the annotated (height, width) in pixels, for a photo of another
+    size: its masks would lie elsewhere.
+    """
+    skip = "or leave such photos out with skip_bad."
+    try:
+        with path.open("rb") as file, Image.open(file, formats=PHOTO_FORMATS) as photo:
+            width, height = photo.size
+            if expected is not None and (height, width) != tuple(expected):
+                raise InputError(
+                    f"{path} is {width}x{height} pixels, but the annotations say {expected[1]}x{expected[0]}. "
+                    f"Restore the original photo, {skip}"
+                )
+            if width * height > MAX_PIXELS:
+                raise InputError(
+                    f"{path} says it is {width}x{height} pixels; expected at most {MAX_PIXELS} in all. Scale it down "
+                    f"with its annotations, {skip}"
+                )
+            return photo.convert("RGB")
+    except InputError:
+        raise
+    except Exception as error:  # the decoders answer damaged files with errors of many kinds
+        raise InputError(
+            f"{path} cannot be decoded ({error!s:.120}); expected a whole JPEG or PNG. Download it again, {skip}"
+        ) from error

@@ -40,5 +40,5 @@ PROTOCOLS = {
 def protocol_of(name: str) -> Protocol:
     """Raises InputError for an unknown name."""
     if name not in PROTOCOLS:
-        raise InputError(f"--protocol {name} is unknown. Choose one of {', '.join(PROTOCOLS)}.")
+        raise InputError(f"protocol {name} is unknown. Choose one of {', '.join(PROTOCOLS)}.")
     return PROTOCOLS[name]

@@ -168,7 +168,7 @@ def evaluation_episode(
     if len(usable) < ways:
         raise TooFewImages(
             f"{name}: {ways}-way {shots}-shot episodes need {ways} classes with {shots + 1} images each; "
-            f"{len(usable)} of {len(pool.classes)} classes have them. Lower --ways or --shots, or use more images."
+            f"{len(usable)} of {len(pool.classes)} classes have them. Lower ways or shots, or use more images."
         )
     uniform = random.Random(f"{name}/{index}/{ways}/{shots}").random
     if query_draw == "run":

@@ -1,10 +1,12 @@
 """The mask decoder: prototypes and query features to logits (section 4.3)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from la.model.attention import Attention, LayerNorm2d, TwoWayTransformer
+from la.model.attention import Attention, LayerNorm2d
 
 
 class QueryClassAttention(nn.Module):
@@ -25,21 +27,12 @@ class QueryClassAttention(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Equations 5 to 7, with `depth` rounds of 5 and 6.
+    """Equations 5 to 7. `layers` are rounds of 5 and 6: of `QueryClassAttention`, or one two-way transformer."""
 
-    `feed_forward` channels make them the two-way transformer of the released model.
-    """
-
-    def __init__(
-        self, dim: int, heads: int = 8, depth: int = 1, spatial_convs: bool = True, feed_forward: int | None = None
-    ):
+    def __init__(self, dim: int, layers: Sequence[nn.Module], spatial_convs: bool = True):
         super().__init__()
         narrow = dim // 8
-        self.attention = (
-            TwoWayTransformer(dim, heads, feed_forward, depth) if feed_forward else QueryClassAttention(dim, heads)
-        )
-        more = 0 if feed_forward else depth - 1
-        self.more = nn.ModuleList(QueryClassAttention(dim, heads) for _ in range(more))
+        self.layers = nn.ModuleList(layers)
         self.upscaling = nn.Sequential(
             nn.ConvTranspose2d(dim, dim // 4, 2, stride=2),
             LayerNorm2d(dim // 4),
@@ -68,7 +61,7 @@ class MaskDecoder(nn.Module):
 
         Slots that an episode does not have get a logit so low that no pixel takes them.
         """
-        for layer in (self.attention, *self.more):
+        for layer in self.layers:
             prototypes, query = layer(prototypes, query, place, slots)
         image = self.spatial_convs(self.upscaling(query.transpose(1, 2).unflatten(2, grid)))
         logits = torch.einsum("bdhw,bcd->bchw", image, self.class_mlp(prototypes))  # equation 7

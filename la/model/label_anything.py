@@ -1,15 +1,17 @@
 """Label Anything from backbone features to logits (paper section 4, figure 1)."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from la.episodes.batch import EpisodeBatch, Pairs, dense_grid
 from la.errors import InputError
-from la.model.attention import LayerNorm2d
-from la.model.decoder import MaskDecoder
+from la.model.attention import LayerNorm2d, TwoWayTransformer
+from la.model.decoder import MaskDecoder, QueryClassAttention
 from la.model.hybrid import Hybrid, HybridConfig
 from la.model.prompt_encoder import PromptEncoder
 from la.model.prototypes import ClassExampleMixer, ImagePromptFusion, TwoWayFusion
@@ -22,14 +24,15 @@ class ModelConfig:
     channels: int = 768  # Dv, channels of the backbone's features
     dim: int = 256  # D, channels after the neck
     heads: int = 8
-    depth: int = 0  # rounds of attention, of prompts and image, of classes and query; 0: 1, or 2 in the released model
+    # "paper": the paper's equations, without feed-forward blocks. "released": built as the authors' code, with a neck
+    # of two convolutions, two-way transformers, and a mixer over all pairs of an episode. See `paper_parts`.
+    arch: Literal["paper", "released"] = "paper"
+    depth: int = 0  # rounds of attention, of prompts and image, of classes and query; 0: 1, or 2 if released
     token_pool: bool = True
     class_example_mixer: bool = True
     spatial_convs: bool = True
-    # The paper's equations have no feed-forward blocks. With them, the model is built as the released one is: a neck
-    # of two convolutions, two-way transformers of two layers, a mixer over all pairs of an episode.
-    two_way_ffn: int | None = None  # channels
-    block_ffn: int | None = None  # channels, of the self-attention of sparse tokens and of the mixer
+    two_way_ffn: int = 2048  # channels of feed-forward blocks in two-way transformers, released only
+    block_ffn: int = 2048  # and of those in the self-attention of sparse tokens and of the mixer
     # Whether pairs that are not annotated and padding take part as they do in the released model, whose results depend
     # on batch mates for it. Slow; only for checkpoints that were trained so.
     absent_pairs: bool = False
@@ -37,16 +40,14 @@ class ModelConfig:
 
     def __post_init__(self):
         if not self.depth:
-            object.__setattr__(self, "depth", 2 if self.two_way_ffn else 1)
+            object.__setattr__(self, "depth", 2 if self.arch == "released" else 1)
         if self.dim % (2 * self.heads):
-            raise InputError(f"--dim {self.dim} must be a multiple of {2 * self.heads} (two per attention head).")
-        if bool(self.two_way_ffn) != bool(self.block_ffn):
-            raise InputError("two_way_ffn and block_ffn belong together: give both or none.")
+            raise InputError(f"dim is {self.dim}; it must be a multiple of {2 * self.heads} (two per attention head).")
 
 
 PRESETS = {
     "paper": ModelConfig(),
-    "official": ModelConfig(two_way_ffn=2048, block_ffn=2048, mask_px=256),
+    "official": ModelConfig(arch="released", mask_px=256),
     "hybrid": HybridConfig(),
     "debug": ModelConfig(dim=32),
 }
@@ -55,12 +56,10 @@ PRESETS = {
 def preset(name: str, **changes) -> ModelConfig | HybridConfig:
     """The config of that preset with `changes`. Raises InputError for an unknown name and for parts it has not."""
     if name not in PRESETS:
-        raise InputError(f"--preset {name} is unknown. Choose one of {', '.join(PRESETS)}.")
+        raise InputError(f"preset {name} is unknown. Choose one of {', '.join(PRESETS)}.")
     unknown = sorted(changes.keys() - {field.name for field in fields(PRESETS[name])})
     if unknown:
-        raise InputError(
-            f"--preset {name} has no setting {', '.join(unknown)}. Leave it out, or choose another preset."
-        )
+        raise InputError(f"preset {name} has no setting {', '.join(unknown)}. Leave it out, or choose another preset.")
     return replace(PRESETS[name], **changes)
 
 
@@ -88,19 +87,38 @@ class Neck(nn.Sequential):
         return image.flatten(1, 2)
 
 
+def paper_parts(config: ModelConfig) -> tuple[nn.Module, ...]:
+    """Neck, prompt encoder, fusion, mixer and decoder by the paper's equations 1 to 7."""
+    dim, heads = config.dim, config.heads
+    return (
+        Neck(config.channels, dim, refine=False),
+        PromptEncoder(dim, heads, config.token_pool, pad_tokens=config.absent_pairs),
+        ImagePromptFusion(dim, heads, config.depth),
+        ClassExampleMixer(dim, heads, config.class_example_mixer),
+        MaskDecoder(dim, [QueryClassAttention(dim, heads) for _ in range(config.depth)], config.spatial_convs),
+    )
+
+
+def released_parts(config: ModelConfig) -> tuple[nn.Module, ...]:
+    """The same five parts as the authors' released code has them."""
+    dim, heads, wide, block = config.dim, config.heads, config.two_way_ffn, config.block_ffn
+    return (
+        Neck(config.channels, dim, refine=True),
+        PromptEncoder(dim, heads, config.token_pool, block, pad_tokens=config.absent_pairs),
+        TwoWayFusion(dim, heads, config.depth, wide),
+        ClassExampleMixer(dim, heads, config.class_example_mixer, block, jointly=True),
+        MaskDecoder(dim, [TwoWayTransformer(dim, heads, wide, config.depth)], config.spatial_convs),
+    )
+
+
 class LabelAnything(nn.Module):
     """Neck, prompt encoder, image-prompt fusion, class-example mixer and mask decoder; the backbone stays outside."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        dim, heads, wide, block = config.dim, config.heads, config.two_way_ffn, config.block_ffn
-        self.neck = Neck(config.channels, dim, refine=bool(wide))
-        self.prompt_encoder = PromptEncoder(dim, heads, config.token_pool, block, pad_tokens=config.absent_pairs)
-        fusion = TwoWayFusion(dim, heads, config.depth, wide) if wide else ImagePromptFusion(dim, heads, config.depth)
-        self.fusion = fusion
-        self.mixer = ClassExampleMixer(dim, heads, config.class_example_mixer, block, jointly=bool(block))
-        self.decoder = MaskDecoder(dim, heads, config.depth, config.spatial_convs, wide)
+        parts = released_parts(config) if config.arch == "released" else paper_parts(config)
+        self.neck, self.prompt_encoder, self.fusion, self.mixer, self.decoder = parts
 
     def forward(self, batch: EpisodeBatch, seeds: Sequence[int] | None = None) -> Tensor:
         """Logits (B, C, 4h, 4w), slot 0 the background.
@@ -166,8 +184,28 @@ def save_state(model: LabelAnything | Hybrid) -> dict:
 
 
 def load_state(saved: dict) -> LabelAnything | Hybrid:
-    """The inverse of `save_state`."""
-    kind = HybridConfig if saved.get("kind") == "hybrid" else ModelConfig
-    model = build(kind(**saved["config"]))
-    model.load_state_dict(saved["state"])
+    """The inverse of `save_state`, for checkpoints of earlier versions too."""
+    config = dict(saved["config"])
+    if saved.get("kind") == "hybrid":
+        model = build(HybridConfig(**config))
+    else:
+        if "arch" not in config:  # it followed from the width of feed-forward blocks, which the paper's have none of
+            config["arch"] = "released" if config.get("two_way_ffn") else "paper"
+            config = {name: value for name, value in config.items() if not (name.endswith("_ffn") and value is None)}
+        model = build(ModelConfig(**config))
+    model.load_state_dict(today_names(saved["state"]))
     return model
+
+
+def today_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose layers are named as now: once the first stood apart from those in `more`."""
+    own = r"(token_to_image|image_to_token|token_norm|image_norm)\."
+    if not any("fusion." in name for name in state):  # a hybrid, whose layers never were named otherwise
+        return dict(state)
+    renamed = {}
+    for name, tensor in state.items():
+        name = re.sub(rf"(^|\.)fusion\.(?={own})", r"\1fusion.layers.0.", name)
+        name = re.sub(r"(^|\.)decoder\.attention\.", r"\1decoder.layers.0.", name)
+        name = re.sub(r"(^|\.)(fusion|decoder)\.more\.(\d+)\.", lambda m: f"{m[1]}{m[2]}.layers.{int(m[3]) + 1}.", name)
+        renamed[name] = tensor
+    return renamed

@@ -16,46 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from la.episodes.batch import EpisodeBatch
-from la.evaluation.baselines import box_coverage, mask_coverage, point_coverage
+from la.model.object_metric import ObjectMetric
+from la.model.prompt_completion import EPSILON, PromptCompletion, logit
 
 PAIRS_AT_ONCE = 8  # whose tokens are summed together
 MOST_TOKENS = 10_000  # of an episode's supports for affinity: 11 photos of 30 x 30, each token by itself
 AFFINITIES_AT_ONCE = 2**21  # entries in memory together, 8 MB: what is worked on in place should not leave the cache
 TEMPERATURES = (0.1, 0.05)  # of affinities; where one is half of that before it, a square takes an exponential's place
 SMOOTHING = 0.07  # temperature at which a query token takes after the tokens that resemble it
-EPSILON = 1e-4  # shares are kept so far from 0 and 1, where log odds are infinite
-
-
-class ObjectMetric(nn.Module):
-    """A linear map of features in which objects of one class lie together, fitted in closed form to labelled objects.
-
-    An object is the mean of the unit features that its mask covers, o. With m the mean of objects and S their mean
-    covariance within a class, x becomes (S / tr(S) D + shrinkage I)^-1/2 (x - m): linear discriminant analysis with a
-    metric that carries over to classes it was not fitted to. Before `fit` it is the identity.
-    """
-
-    shrinkage = 2.0
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("map", torch.eye(channels))
-
-    def fit(self, objects: Tensor, classes: Tensor) -> None:
-        """objects (n, D), classes (n,) long; classes of a single object say nothing of the spread and are left out."""
-        objects = objects.to(self.mean)
-        number = classes.unique(return_inverse=True)[1].to(objects.device)
-        counts = number.bincount()
-        centres = torch.zeros(len(counts), objects.shape[1]).to(objects).index_add_(0, number, objects)
-        apart = (objects - (centres / counts[:, None])[number])[counts[number] > 1]
-        values, vectors = torch.linalg.eigh(apart.T @ apart)
-        scale = (values / values.mean().clamp(min=1e-12) + self.shrinkage).rsqrt()
-        self.mean.copy_(objects.mean(0))
-        self.map.copy_(vectors @ scale.diag() @ vectors.T)
-
-    def forward(self, units: Tensor) -> Tensor:
-        """Unit features (..., D) -> unit features (..., D)."""
-        return F.normalize((units - self.mean) @ self.map, dim=-1)
 
 
 class Matching(nn.Module):
@@ -253,82 +221,6 @@ class _Sums:
         mean = covered / pairs.sum(1, keepdim=True).clamp(min=1)
         found = logit(self.read / self.read[:, :, :1].clamp(min=1e-30))
         return list(((found - logit(mean)[..., None]) / 4).flatten(1, 2))
-
-
-def logit(share: Tensor) -> Tensor:
-    """Log odds of shares, kept finite."""
-    return share.clamp(EPSILON, 1 - EPSILON).logit()
-
-
-class PromptCompletion(nn.Module):
-    """From the prompts of a pair to how much each support token belongs to it: masks as they are, others completed.
-
-    Around points belong the tokens that resemble one of them more than a threshold, and more than any point outside
-    the object. Inside boxes belong the tokens that resemble the inside more than the outside, by a threshold. Both are
-    cosines that depend on the backbone: `fit` chooses them on objects whose masks are known.
-    """
-
-    softness = 0.02  # of a threshold
-    choices = torch.linspace(-0.3, 0.98, 65)  # steps of 0.02
-
-    def __init__(self):
-        super().__init__()
-        # before `fit`, what fits DINOv2 ViT-S/14 on COCO
-        self.register_buffer("point", torch.tensor(0.92))
-        self.register_buffer("box", torch.tensor(-0.04))
-
-    def fit(self, prompted: EpisodeBatch, masked: EpisodeBatch) -> None:
-        """Choose the threshold of the kind of prompt that `prompted` has; `masked` is the same pairs with masks.
-
-        By the mean soft IoU of completed prompts and masks.
-        """
-        truth = mask_coverage(masked, masked.support.shape[1:3]).flatten(1)[prompted.sparse_pair]
-        evidence = self._evidence(prompted, F.normalize(prompted.support.float(), dim=-1).flatten(1, 2))
-        threshold = self.box if prompted.box_valid.any() else self.point
-        scores = []
-        for choice in self.choices:
-            threshold.fill_(choice)
-            found = self._completed(*evidence)
-            both = (found * truth).sum(1)
-            scores.append((both / (found.sum(1) + truth.sum(1) - both).clamp(min=EPSILON)).mean())
-        threshold.fill_(self.choices[torch.stack(scores).argmax()])
-
-    def forward(self, batch: EpisodeBatch, support: Tensor) -> Tensor:
-        """support (L, n, D) unit features -> (P, n) in 0..1; zeros for background pairs."""
-        weight = mask_coverage(batch, batch.support.shape[1:3]).flatten(1).to(support)
-        pairs = batch.sparse_pair
-        if len(pairs):
-            found = torch.maximum(self._completed(*self._evidence(batch, support)), weight[pairs])
-            weight = weight.index_put((pairs,), found)
-        return weight
-
-    @staticmethod
-    def _evidence(batch: EpisodeBatch, support: Tensor) -> tuple[Tensor, ...]:
-        """Of the S pairs with points or boxes, (S, n) each: what `_completed` takes."""
-        grid, pairs = batch.support.shape[1:3], batch.sparse_pair
-        image = support[batch.pair_support[pairs]]
-        boxes = box_coverage(batch, grid).flatten(1)[pairs].to(support)
-        inside, outside = (F.normalize(torch.einsum("pn,pnd->pd", x, image), dim=-1) for x in (boxes, 1 - boxes))
-        leaning = torch.einsum("pnd,pd->pn", image, inside - outside)
-        on, off = (point_coverage(batch, grid, label).flatten(1)[pairs].to(support) for label in (1, 0))
-        return boxes, leaning, on, _most_alike(image, on), _most_alike(image, off)
-
-    def _completed(self, boxes: Tensor, leaning: Tensor, on: Tensor, resembled: Tensor, repelled: Tensor) -> Tensor:
-        """(S, n) in 0..1: boxes and the cells of points, and the cosines that decide what belongs to them."""
-        boxes = boxes * torch.sigmoid((leaning - self.box) / self.softness)
-        points = torch.sigmoid((resembled - torch.maximum(self.point, repelled)) / self.softness)
-        points = torch.maximum(points * on.amax(1, keepdim=True), on)
-        return torch.maximum(points, boxes)
-
-
-def _most_alike(image: Tensor, cells: Tensor) -> Tensor:
-    """image (P, n, D) unit features, cells (P, n) in 0..1 -> (P, n): cosine to the most similar token marked, or -1."""
-    most = int((cells > 0).sum(1).max())
-    if not most:
-        return torch.full_like(cells, -1.0)
-    marked, index = cells.topk(most, dim=1)
-    keys = image.gather(1, index[..., None].expand(-1, -1, image.shape[-1]))
-    return (image @ keys.transpose(1, 2)).masked_fill(marked[:, None] == 0, -1.0).amax(-1)
 
 
 def smoothed(units: Tensor) -> Tensor:

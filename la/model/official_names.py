@@ -23,7 +23,7 @@ STARTS = {
     "mixer.block.attention.": "prompt_encoder.class_example_attention.attn.",
     "mixer.block.": "prompt_encoder.class_example_attention.",
     "fusion.transformer.": "prompt_encoder.transformer.",
-    "decoder.attention.": "mask_decoder.transformer.",
+    "decoder.layers.0.": "mask_decoder.transformer.",
     "decoder.upscaling.": "mask_decoder.output_upscaling.",
     "decoder.class_mlp.0.": "mask_decoder.class_mlp.layers.0.",
     "decoder.class_mlp.2.": "mask_decoder.class_mlp.layers.1.",
@@ -85,7 +85,7 @@ def from_official(state: Mapping[str, Tensor], absent_pairs: bool = True) -> Lab
 
 def to_official(model: LabelAnything) -> dict[str, Tensor]:
     """The state dict under the official names and shapes. InputError for a model of another make."""
-    if model.config.two_way_ffn is None:
+    if model.config.arch != "released":
         raise InputError("Only a model of the official preset has a place for all of its parameters there.")
     state = {}
     for name, tensor in model.state_dict().items():

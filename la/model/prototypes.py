@@ -17,20 +17,32 @@ class ImagePromptFusion(nn.Module):
 
     def __init__(self, dim: int, heads: int = 8, depth: int = 1):
         super().__init__()
-        self.token_to_image = Attention(dim, dim // 2, heads)
-        self.image_to_token = Attention(dim, dim // 2, heads)
-        self.token_norm = nn.LayerNorm(dim)
-        self.image_norm = nn.LayerNorm(dim)
-        self.more = nn.ModuleList(ImagePromptFusion(dim, heads) for _ in range(depth - 1))
+        self.layers = nn.ModuleList(FusionLayer(dim, heads) for _ in range(depth))
 
     def forward(self, image: Tensor, dense: Tensor, sparse: Tensor, valid: Tensor, place: Tensor) -> Tensor:
         """image F_l and dense P_d (P, h*w, D), sparse P_s (P, T, D), valid (P, T), place PE (h*w, D) -> (P, D)."""
         fused = image + dense  # equation 1
-        for layer in (self, *self.more):
-            placed = fused + place
-            sparse = layer.token_norm(sparse + layer.token_to_image.gather(sparse, placed, placed))  # equation 2
-            fused = layer.image_norm(fused + layer.image_to_token.spread(placed, sparse, sparse, valid))  # equation 3
+        for layer in self.layers:
+            fused, sparse = layer(fused, sparse, valid, place)
         return fused.mean(1)
+
+
+class FusionLayer(nn.Module):
+    """Equations 2 and 3, once."""
+
+    def __init__(self, dim: int, heads: int = 8):
+        super().__init__()
+        self.token_to_image = Attention(dim, dim // 2, heads)
+        self.image_to_token = Attention(dim, dim // 2, heads)
+        self.token_norm = nn.LayerNorm(dim)
+        self.image_norm = nn.LayerNorm(dim)
+
+    def forward(self, image: Tensor, sparse: Tensor, valid: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """image F (P, h*w, D), sparse P_s (P, T, D), valid (P, T), place PE (h*w, D) -> F and P_s anew."""
+        placed = image + place
+        sparse = self.token_norm(sparse + self.token_to_image.gather(sparse, placed, placed))  # equation 2
+        image = self.image_norm(image + self.image_to_token.spread(placed, sparse, sparse, valid))  # equation 3
+        return image, sparse
 
 
 class TwoWayFusion(nn.Module):

@@ -18,9 +18,9 @@ from la.model.label_anything import LabelAnything, load_state
 
 DEMO = "demo"
 # Package data, found by its place: a frozen ViT of drawn scenes, and a hybrid trained on its features.
-_DEMO_FOLDER = Path(__file__).parents[2] / "pipelines" / "demo"
-DEMO_CHECKPOINT = _DEMO_FOLDER / "hybrid_demo.safetensors"
-BUNDLED_WEIGHTS = {"vit_demo_patch8_128": _DEMO_FOLDER / "vit_demo.safetensors"}
+_HERE = Path(__file__).parent
+DEMO_CHECKPOINT = _HERE / "hybrid_demo.safetensors"
+BUNDLED_WEIGHTS = {"vit_demo_patch8_128": _HERE / "vit_demo.safetensors"}
 _HEADER = "label_anything"
 
 
@@ -46,15 +46,15 @@ def read_checkpoint(source: Path | str) -> Checkpoint:
     path = DEMO_CHECKPOINT if str(source) == DEMO else Path(source)
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():
-        raise InputError(f"--checkpoint {path} is not there. Pass a run's folder, its best.pt, or {DEMO}.")
+        raise InputError(f"checkpoint {path} is not there. Pass a run's folder, its best.pt, or {DEMO}.")
     try:
         saved = _of_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         model = load_state(saved).eval().requires_grad_(False)
-        features = saved.get("features") or _of_neighbouring_store(path, saved.get("store"))
+        features = saved.get("features")
         preset = json.loads(saved.get("train_config") or "{}").get("preset", saved.get("kind", "la"))
         return Checkpoint(model, features, f"{preset}@{saved.get('step', 0)}", _digest(saved["state"]))
     except Exception as error:  # the unpickler's own, which is not exported, among many
-        raise InputError(f"--checkpoint {path} is not a Label Anything checkpoint ({error!s:.160}).") from error
+        raise InputError(f"checkpoint {path} is not a Label Anything checkpoint ({error!s:.160}).") from error
 
 
 def write_safetensors(path: Path, saved: Mapping[str, Any]) -> None:
@@ -79,7 +79,7 @@ def backbone_of(
     known = checkpoint.features
     if known is None and (backbone is None or image_size is None):
         raise InputError(
-            "the checkpoint does not say whose features it takes. Pass --backbone and --image-size as it was trained "
+            "the checkpoint does not say whose features it takes. Pass backbone and image_size as it was trained "
             "with; the released models take vit_base_patch16_224.mae at 480."
         )
     name = known["backbone"] if known else backbone
@@ -88,17 +88,17 @@ def backbone_of(
     if weights is None and known and known["weights"].startswith("sha256:"):
         raise InputError(
             f"the checkpoint takes features of {name} with weights from a file ({known['weights'][:19]}...). Pass that "
-            "file as --weights."
+            "file as weights."
         )
     vit = load_backbone(name, size, weights, device)
     if known and vit.weights_digest != known["weights_digest"] and identify_weights(name, weights) != known["weights"]:
         raise InputError(
-            f"--weights {weights or 'from the hub'} are other weights of {name} ({vit.weights_digest[:12]}) than those "
+            f"weights {weights or 'from the hub'} are other weights of {name} ({vit.weights_digest[:12]}) than those "
             f"the checkpoint was trained with ({known['weights_digest'][:12]}). Pass the same."
         )
     if vit.channels != checkpoint.model.config.channels:
         raise InputError(
-            f"--backbone {name} gives features of {vit.channels} channels, but the checkpoint takes "
+            f"backbone {name} gives features of {vit.channels} channels, but the checkpoint takes "
             f"{checkpoint.model.config.channels}. Pass the backbone it was trained with."
         )
     return vit
@@ -108,15 +108,6 @@ def _of_safetensors(path: Path) -> dict[str, Any]:
     with safetensors.safe_open(path, "pt") as file:
         header = json.loads(file.metadata()[_HEADER])
         return header | {"state": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118  no mapping
-
-
-def _of_neighbouring_store(path: Path, key: str | None) -> dict[str, Any] | None:
-    """What the feature store of the checkpoint's workspace says, for runs from before checkpoints said it."""
-    file = path.absolute().parents[2] / "features" / str(key) / "store.json"
-    if key is None or not file.is_file():
-        return None
-    store = json.loads(file.read_text())
-    return store["settings"] | {"weights_digest": store["weights_digest"], "grid": store["grid"]}
 
 
 def _digest(state: Mapping[str, torch.Tensor]) -> str:

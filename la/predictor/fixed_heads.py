@@ -69,7 +69,7 @@ def heads_inputs(learned: Learned) -> dict[str, Tensor]:
     if (shots != shots[0]).any():
         raise InputError(
             f"the classes have {', '.join(map(str, shots.tolist()))} supports; exported heads of the hybrid take as "
-            "many of each. Choose with --shots, or annotate as many photos for each."
+            "many of each. Choose with shots, or annotate as many photos for each."
         )
     order = found.slot.argsort(stable=True)
     photo = found.photo[order]

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from la.backbone.vit import LAYER, Backbone, squash
-from la.data.photos import Photo, name_of, open_photo
+from la.backbone.vit import LAYER, Backbone
+from la.data.photos import Photo, name_of, open_photo, squash
 from la.device import pick_device
 from la.errors import InputError
 from la.model.decoder import segment

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from la.backbone.vit import read_photo
 from la.data.coco import find_splits, load_coco
+from la.data.photos import read_photo
 from la.device import autocast
 from la.errors import InputError
 from la.evaluation.metrics import FewShotIoU

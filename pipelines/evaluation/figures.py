@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from la.backbone.vit import decode_photo
 from la.data.coco import IGNORED, decode
+from la.data.photos import decode_photo
 from la.device import pick_device
 from la.episodes.sampling import Episode
 from la.errors import InputError

@@ -13,7 +13,7 @@ from la.episodes.batch import EpisodeBatch
 from la.episodes.protocols import protocol_of
 from la.errors import InputError
 from la.evaluation.baselines import BASELINES
-from la.evaluation.test_time import averaged_over_draws, with_background_prompts, with_flips
+from la.evaluation.test_time import averaged_over_draws, with_flips
 from la.model.hybrid import Hybrid
 from la.model.label_anything import LabelAnything, load_state
 from pipelines.config import EvaluateConfig
@@ -33,28 +33,17 @@ def find_method(config: EvaluateConfig, store: FeatureStore, device: torch.devic
     """
     if config.method in BASELINES:
         method, name, mask_px = BASELINES[config.method], config.method, None
-        if config.pool_draws or config.background != "learned":
-            raise InputError(f"--pool-draws and --background are of trained models; --method {config.method} is none.")
+        if config.pool_draws:
+            raise InputError(f"--pool-draws is of trained models; --method {config.method} is none.")
     elif config.method == "la":
         model, name = load_checkpoint(config, store, device)
-        if isinstance(model, Hybrid) and (config.pool_draws or config.background != "learned"):
-            raise InputError(f"--pool-draws and --background are not for {name}: a hybrid has no token pool.")
-        method, mask_px = _variant(model, config), model.config.mask_px
+        if isinstance(model, Hybrid) and config.pool_draws:
+            raise InputError(f"--pool-draws is not for {name}: a hybrid has no token pool.")
+        method = partial(averaged_over_draws, model, draws=config.pool_draws) if config.pool_draws else model
+        mask_px = model.config.mask_px
     else:
         raise InputError(f"--method {config.method} is unknown. Choose la or one of {', '.join(BASELINES)}.")
     return (partial(with_flips, method) if config.flips else method), name, mask_px
-
-
-def _variant(model: Model, config: EvaluateConfig) -> Method:
-    if config.background == "learned" and not config.pool_draws:
-        return model
-
-    def method(batch: EpisodeBatch) -> Tensor:
-        if config.background == "supports":
-            batch = with_background_prompts(batch)
-        return averaged_over_draws(model, batch, config.pool_draws) if config.pool_draws else model(batch)
-
-    return method
 
 
 def load_checkpoint(config: EvaluateConfig, store: FeatureStore, device: torch.device) -> tuple[Model, str]:

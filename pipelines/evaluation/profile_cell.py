@@ -196,7 +196,7 @@ class _Photos(FeatureStore):
 
     def read_batch(self, image_ids: Sequence[int]) -> Tensor:
         """(n, 3, S, S) uint8."""
-        from la.backbone.vit import read_photo
+        from la.data.photos import read_photo
 
         folder = place(self.info.coco_dir) / self.info.splits[SPLIT].name
         images = [self.dataset(SPLIT).images[i] for i in image_ids]

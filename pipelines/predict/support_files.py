@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from la.backbone.vit import PHOTO_FORMATS
-from la.data.photos import Photo
+from la.data.photos import PHOTO_FORMATS, Photo
 from la.errors import InputError
 from la.predictor.checkpoint import Checkpoint
 from la.predictor.support_set import SupportSet, load_supports

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from la.backbone.vit import PHOTO_FORMATS
-from la.data.photos import open_photo
+from la.data.photos import PHOTO_FORMATS, open_photo
 from la.errors import InputError
 from la.predictor.encoded_supports import Learned
 from la.predictor.predictor import PhotoPrompts, Predictor

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from pydantic import BaseModel
 
-from la.backbone.vit import Backbone, load_backbone, read_photo
+from la.backbone.vit import Backbone, load_backbone
 from la.data.coco import Image
+from la.data.photos import read_photo
 from la.device import pick_device
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig

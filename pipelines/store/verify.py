@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from la.backbone.quantised import Quantised, quantise
-from la.backbone.vit import Backbone, identify_weights, load_backbone, read_photo
+from la.backbone.vit import Backbone, identify_weights, load_backbone
 from la.data.coco import Dataset, Image, find_splits, load_coco
+from la.data.photos import read_photo
 from la.device import pick_device
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig, VerifyConfig

@@ -45,7 +45,7 @@ def fold_params(
     settings = train.model_dump(mode="json") if train else dict.fromkeys(names, NONE)
     options = {"ways": "ways", "shots": "shots", "prompts": "prompt", "supports": "supports", "eval_seeds": "seeds"}
     options |= {"eval_episodes": "episodes", "eval_classes": "classes", "protocol": "protocol"}
-    options |= {name: name for name in ("support_selection", "pool_draws", "background", "flips")}
+    options |= {name: name for name in ("support_selection", "pool_draws", "flips")}
     evaluated = {name: _values(getattr(c, option) for c in evaluations) for name, option in options.items()}
     evaluated["method"] = _values(c.method for c in evaluations) if evaluations else "la"
     return (

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from la.model.hybrid import Hybrid
-from la.model.label_anything import LabelAnything, build, save_state
+from la.model.label_anything import LabelAnything, build, save_state, today_names
 from la.schedules import factor
 from pipelines.config import TrainConfig
 from pipelines.episodes.episode_shards import pool_of
@@ -80,8 +80,8 @@ class TrainState:
 
     def load_state_dict(self, saved: dict) -> None:
         """Go on from a checkpoint; parts that older ones have not stay as they are."""
-        self.model.load_state_dict(saved["training"])
-        self.average.load_state_dict(saved["average"])
+        self.model.load_state_dict(today_names(saved["training"]))
+        self.average.load_state_dict(today_names(saved["average"]))
         self.optimiser.load_state_dict(saved["optimiser"])
         self.schedule.load_state_dict(saved["schedule"])
         at, device = saved["at"], next(self.model.parameters()).device

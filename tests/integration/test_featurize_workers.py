@@ -35,7 +35,7 @@ def test_workers_make_the_same_store_and_report_the_same_mistakes(config, tiny_c
         (report.store / "train/part-00001.parquet").unlink()
         photo = tiny_coco / "train2017/000000000107.jpg"
         photo.write_bytes(photo.read_bytes()[:400])
-        with pytest.raises(InputError, match=f"{photo}.*--skip-bad"):
+        with pytest.raises(InputError, match=f"{photo}.*skip_bad"):
             featurize(apart)
         assert not list(report.store.rglob("*.tmp"))
         skipping = featurize(apart.model_copy(update={"skip_bad": True}))

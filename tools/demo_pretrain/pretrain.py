@@ -9,7 +9,7 @@ the patch belong to any object, which patches near by are of the same object, an
 and spectrum.  For most of the run more than half of the tokens, drawn at random, are left
 out, as masked autoencoders do, for speed.
 
-    python -m tools.demo_pretrain.pretrain --out pipelines/demo/vit_demo.safetensors
+    python -m tools.demo_pretrain.pretrain --out la/predictor/vit_demo.safetensors
 """
 
 from __future__ import annotations

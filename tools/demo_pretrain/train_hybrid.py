@@ -3,7 +3,7 @@
 A hybrid on the demo's drawn scenes, on the 60 seen classes of fold 0, as `demo` trains it; the other 20 classes stay
 unseen, so that a scene of `demo` is a fair query.
 
-    python -m tools.demo_pretrain.train_hybrid --out pipelines/demo/hybrid_demo.safetensors
+    python -m tools.demo_pretrain.train_hybrid --out la/predictor/hybrid_demo.safetensors
 """
 
 import argparse

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 
+from la.predictor.checkpoint import BUNDLED_WEIGHTS
 from pipelines.cluster import CODE
 from pipelines.config import TrainConfig
 from pipelines.demo.scenes import draw_scenes
@@ -25,7 +26,7 @@ from pipelines.training.prepare import run_dir_of
 from pipelines.workspace import Workspace
 
 T = TypeVar("T")
-WEIGHTS = Path(__file__).parents[2] / "pipelines" / "demo" / "vit_demo.safetensors"
+WEIGHTS = BUNDLED_WEIGHTS["vit_demo_patch8_128"]
 FEATURIZE = ("--backbone", "vit_demo_patch8_128", "--weights", str(WEIGHTS), "--threads", "1")
 PIXELS, SLOW_PIXELS = 128, 256  # sides of photos: of most cases, and of those where the ViT should work for seconds
 STEPS, EVERY = 240, 40  # of a training, and between its checkpoints
