@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -29,6 +30,7 @@ from pipelines.training.run import train
 from pipelines.training.stop import Stopped
 from tests.test_training import featurized_scenes, settings
 
+EARLIER = Path(__file__).parent / "golden" / "earlier_run"
 CONTENT = {"state": {"weight": torch.arange(3000.0), "bias": torch.ones(7)}, "at": {"step": 3, "losses": [0.5]}}
 
 
@@ -136,6 +138,24 @@ def test_a_disk_that_does_not_answer_is_no_damaged_checkpoint(tmp_path, monkeypa
             load_last(tmp_path)
     assert same(load_last(tmp_path), CONTENT)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_run_that_an_earlier_version_left_goes_on_and_is_evaluated(workspace):
+    """One stopped at step 4 of 8, when layers had other names and the architecture followed from a width."""
+    own = {"preset": "debug", "dim": 16, "depth": 2, "token_pool": False, "val_every": 4, "steps": 8}
+    config = settings(workspace, seed=3, **own)
+    whole = parts_that_count(train(config).run_dir)
+    run_dir = run_dir_of(config)
+    shutil.rmtree(run_dir)
+    shutil.copytree(EARLIER, run_dir)
+    tested = EvaluateConfig(workspace=workspace, checkpoint=run_dir, seeds=1, episodes=2, threads=1)
+    assert evaluate(tested).method == "debug@4"
+    assert train(config).step == 8
+    assert json.loads((run_dir / "result.json").read_text())["starts"] == [0, 4]
+    resumed = parts_that_count(run_dir)
+    assert resumed["training"].keys() == whole["training"].keys()
+    for name, weights in whole["training"].items():
+        torch.testing.assert_close(resumed["training"][name], weights, atol=2e-3, rtol=0)
 
 
 def test_a_resume_reads_the_last_checkpoint_once(workspace, monkeypatch):
