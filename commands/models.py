@@ -180,7 +180,7 @@ def evaluate(
     fold: FoldOption = 0,
     method: Annotated[str, typer.Option(help="la, or without training: prototype, parts, affinity or ridge.")] = "la",
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A run's folder or checkpoint; default: the fold's last finished training.")
+        Path | None, typer.Option(help="A run's folder or checkpoint; default: the newest finished run of the fold.")
     ] = None,
     ways: WaysOption = 1,
     shots: ShotsOption = 1,
@@ -243,7 +243,9 @@ def evaluate(
 
             latest = latest_run(config, FeatureStore(Workspace(config.workspace).find_store(store)))
             config = config.model_copy(update={"checkpoint": latest})  # for the record too: others may be finished soon
-            console.print(f"checkpoint: {latest}, the fold's last", highlight=False, soft_wrap=True)
+            console.print(
+                f"checkpoint: {latest}, the newest finished run of this fold", highlight=False, soft_wrap=True
+            )
         with progress_bar("now") as bar:
             task = bar.add_task(f"fold {fold} {method}", total=None, now="loading the model")
             result = run(config, lambda done, total: bar.update(task, completed=done, total=total, now="episodes"))

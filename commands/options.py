@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from la.errors import InputError
-from pipelines.remote_path import place
+from pipelines.remote_path import path_or_uri
 from pipelines.training.stop import Stopped
 
 console = Console()
@@ -54,12 +54,14 @@ SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Sets of episod
 EpisodesOption = Annotated[int, typer.Option("--episodes", min=1, help="Episodes of each seed.")]
 PhotosOption = Annotated[
     Path | None,
-    typer.Option("--coco-dir", parser=place, metavar="DIR", help="Where the photos are: a folder, or the URI of one."),
+    typer.Option(
+        "--coco-dir", parser=path_or_uri, metavar="DIR", help="Where the photos are: a folder, or the URI of one."
+    ),
 ]
 CocoOption = Annotated[
     Path,
     typer.Option(
-        "--coco-dir", parser=place, metavar="DIR", help="Folder or URI with annotations/, train2017/, val2017/."
+        "--coco-dir", parser=path_or_uri, metavar="DIR", help="Folder or URI with annotations/, train2017/, val2017/."
     ),
 ]
 BackboneOption = Annotated[str, typer.Option("--backbone", help="Any ViT of timm.")]
@@ -137,7 +139,7 @@ def commas(values) -> str:
 
 
 def of_recipe(recipe: str, scale: float, **given) -> dict:
-    """Fields of TrainConfig: the recipe, its batches times `scale`, and what is given in its place."""
+    """Fields of TrainConfig: the recipe, its batches times `scale`, and what is given in its path_or_uri."""
     from pipelines.config import scaled_batches
 
     return {"recipe": recipe, "batches": scaled_batches(recipe, scale)} | {

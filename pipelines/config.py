@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from la.data.folds import FoldLists
 from la.episodes.protocols import protocol_of
 from la.schedules import Schedule
-from pipelines.remote_path import Place
+from pipelines.remote_path import PathOrUri
 from pipelines.workspace import digest
 
 Prompt = Literal["mask", "point", "box", "point_box", "mixed"]
@@ -71,7 +71,7 @@ class FeaturizeConfig(Settings):
     """One pass of a frozen ViT over every photo of a COCO folder (paper section 4.1)."""
 
     workspace: Path
-    coco_dir: Place  # a folder, or the URI of one
+    coco_dir: PathOrUri  # a folder, or the URI of one
     train_split: str | None = None  # e.g. "train2014"; None: the newest year in the folder
     val_split: str | None = None
     backbone: str = "vit_base_patch16_224.mae"  # any plain ViT of timm
@@ -95,7 +95,7 @@ class VerifyConfig(Settings):
     store: str | None = None  # key of the feature store; None: the only one in the workspace
     sample: int = Field(8, ge=0)  # photos recomputed
     repair: bool = False  # make bad files again
-    coco_dir: Place | None = None  # None: where the photos were when the store was made
+    coco_dir: PathOrUri | None = None  # None: where the photos were when the store was made
     weights: Path | None = None  # the local file it was made with, if there was one
     workers: int = Field(0, ge=0)  # of a repair; 0: in this process; n: Ray Data actors
     device: str = "auto"

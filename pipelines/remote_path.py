@@ -70,7 +70,7 @@ def patiently(uri: str, call: Callable[[], T], patience: float | None = None) ->
             refused = any(word in str(error) for word in ("ACCESS_DENIED", "NO_SUCH_BUCKET", "not found"))
             if refused or time.monotonic() + pause > until:
                 raise Unreachable(
-                    f"{uri} does not work ({error!s:.300}). Mend it, then the same command goes on."
+                    f"{uri} does not work ({error!s:.300}). Fix it, then the same command goes on."
                 ) from error
             if pause > 3:
                 log.warning("%s does not work (%.100s); trying again", uri, error)
@@ -157,11 +157,11 @@ class RemotePath:
         return patiently(str(self), lambda: files.get_file_info(selector))
 
 
-def place(where: "str | Path | RemotePath") -> "Path | RemotePath":
+def path_or_uri(where: "str | Path | RemotePath") -> "Path | RemotePath":
     """A path of this machine as it is, and a URI as RemotePath."""
     if isinstance(where, str) and "://" in where:
         return Path(where.removeprefix("file://")) if where.startswith("file:///") else RemotePath(where)
     return where if isinstance(where, RemotePath) else Path(where)
 
 
-Place = Annotated[Path | RemotePath, PlainValidator(place), PlainSerializer(str, return_type=str)]
+PathOrUri = Annotated[Path | RemotePath, PlainValidator(path_or_uri), PlainSerializer(str, return_type=str)]

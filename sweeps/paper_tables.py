@@ -15,7 +15,7 @@ from sweeps.results import Score, SweepResult, last_line
 from sweeps.study import Paper, Task, Variant, task_title
 
 TOO_FEW = "too few images"
-Row = tuple[str, str, str, Paper]  # title, variant, prompt, the paper's numbers
+TableRow = tuple[str, str, str, Paper]  # title, variant, prompt, the paper's numbers
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def by_task(result: SweepResult, name: str, title: str, note: str, paper: bool =
     return task_table(result, name, title, rows, note)
 
 
-def task_table(result: SweepResult, name: str, title: str, rows: Sequence[Row], note: str) -> Table:
+def task_table(result: SweepResult, name: str, title: str, rows: Sequence[TableRow], note: str) -> Table:
     """Rows by task: the mean over folds in percent, with the deviation over folds or, of a single fold, over seeds.
 
     A cell says so where trials failed or have not run. The paper's numbers and the differences to them have columns

@@ -21,7 +21,7 @@ NO_CURVE = {"step": 0, "loss": NAN, "lr": NAN, "episodes_per_s": NAN, "seen_miou
 NO_TRAINING = {"seen_miou": NAN, "train_seconds": 0.0}
 
 
-class Plan(Protocol):
+class TrialPlan(Protocol):
     """What is run: a SweepPlan, or a search, whose jobs become more."""
 
     name: str
@@ -37,7 +37,7 @@ class SweepRuns:
     missing, and raises TrackingError if the tracker fails still.
     """
 
-    def __init__(self, tracker: Tracker, study: str, plan: Plan, settings: dict):
+    def __init__(self, tracker: Tracker, study: str, plan: TrialPlan, settings: dict):
         self._tracker, self._plan, self._study = tracker, plan, study
         self._live: dict[str, Run] = {}
         self._failed: dict[str, str] = {}

@@ -36,7 +36,7 @@ from sweeps.studies.registry import tables_of
 from sweeps.trial import Report, TrialSpec, finished, run_trial
 
 Trainable = Callable[[TrialSpec, Report], FoldResult]
-Work = Callable[[dict, Report], object]  # runs in a worker, on what a trial is given
+TrialWork = Callable[[dict, Report], object]  # runs in a worker, on what a trial is given
 WORKER_DIED = "the trial's process died without an error: killed, most likely for lack of memory (--concurrent 1?)"
 
 
@@ -100,7 +100,7 @@ def run_trials(
     place: TrialPlacement,
     workers: int,
     folder: Path,
-    work: Work,
+    work: TrialWork,
     jobs: Mapping[str, TrialSpec],
     listeners: Sequence[Listener],
     searcher: Searcher | None = None,

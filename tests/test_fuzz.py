@@ -29,15 +29,17 @@ from la.data.photos import read_photo
 from la.episodes.sampling import Pool
 from la.errors import InputError
 from pipelines.episodes.batches import BatchBuilder
-from pipelines.episodes.episode_shards import Plan, ensure_episodes
+from pipelines.episodes.episode_shards import EpisodePlan, ensure_episodes
 from pipelines.runs.checkpoints import load, save
 from pipelines.store.feature_shards import ShardNote, StoreSettings, shard_file, write_shard
 from pipelines.store.reader import FeatureStore, SplitInfo, StoreInfo, finish_store
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 HEIGHT, WIDTH, GRID, CHANNELS = 24, 32, (2, 2), 3
-TESTED = Plan("fuzz-test", 0, "val", "all", 0, ((1, 2, 1),), 12, prompt="mixed", min_area=1)
-TRAINED = Plan("fuzz-train", 0, "val", "all", 0, ((2, 1, 1), (1, 2, 1)), 6, mixed=("mask", "point", "box"), min_area=1)
+TESTED = EpisodePlan("fuzz-test", 0, "val", "all", 0, ((1, 2, 1),), 12, prompt="mixed", min_area=1)
+TRAINED = EpisodePlan(
+    "fuzz-train", 0, "val", "all", 0, ((2, 1, 1), (1, 2, 1)), 6, mixed=("mask", "point", "box"), min_area=1
+)
 JUNK: list = [None, True, 0, -1, 1, 7, 2**31, 2**63, 10**400, -0.5, 1e308, float("nan"), float("inf"), "", "x", "../x",
               "\x00", "\ud800", "`0", [], {}, [[]], [0], [1, 2, 3, 4], [[1, 2]], {"size": [1, 1]}, [{}]]  # fmt: skip
 

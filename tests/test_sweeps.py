@@ -19,7 +19,7 @@ from la.errors import InputError, TooFewImages
 from pipelines.bench.random_store import made_up_features
 from pipelines.config import TrialPlacement
 from pipelines.episodes.batches import BatchBuilder
-from pipelines.episodes.episode_shards import Plan, pool_of
+from pipelines.episodes.episode_shards import EpisodePlan, pool_of
 from pipelines.store.reader import FeatureStore
 from pipelines.tracking.mlflow_runs import Tracker, TrackingError
 from pipelines.workspace import Workspace, locked
@@ -312,7 +312,7 @@ def test_a_trial_maps_the_features_and_copies_none(tmp_path):
 
 def test_a_process_that_runs_many_trials_keeps_one_view_of_the_store(tmp_path):
     path = store_of_zeros(tmp_path, images=8)
-    plan = Plan("la-train", 0, "train", "seen", 0, ((1, 1, 1),), 1, mixed=("mask",))
+    plan = EpisodePlan("la-train", 0, "train", "seen", 0, ((1, 1, 1),), 1, mixed=("mask",))
     assert pool_of(plan, FeatureStore(path)) is pool_of(plan, FeatureStore(path))
     assert FeatureStore(path) != FeatureStore(path.parent / "other")
 

@@ -71,8 +71,8 @@ def test_a_bad_shard_is_found_and_remade_alone_bit_for_bit(config, damage):
     found = verify(config)
     assert list(found.bad) == [SHARD]
     assert SHARD in found.bad[SHARD]
-    mended = verify(config.model_copy(update={"repair": True}))
-    assert (mended.bad, mended.repaired) == ({}, {SHARD: "made again, bit for bit"})
+    repaired = verify(config.model_copy(update={"repair": True}))
+    assert (repaired.bad, repaired.repaired) == ({}, {SHARD: "made again, bit for bit"})
     assert {file for file, at in times(store).items() if at != before[file]} == {SHARD}
     assert (store.path / "store.json").read_text() == content
     assert list(FeatureStore(store.path).verify()) == sorted(store.info.shards)
@@ -86,8 +86,8 @@ def test_bad_tables_are_found_and_written_again_without_featurizing(config, name
     assert list(verify(config).bad) == [name]
     with monkeypatch.context() as patch:
         patch.setattr("pipelines.store.shard_maker.load_backbone", lambda *a: pytest.fail("the model was loaded"))
-        mended = verify(config.model_copy(update={"repair": True}))
-    assert (mended.bad, mended.repaired) == ({}, {name: "made again"})
+        repaired = verify(config.model_copy(update={"repair": True}))
+    assert (repaired.bad, repaired.repaired) == ({}, {name: "made again"})
     assert (store.path / name).read_bytes() == whole
 
 

@@ -259,7 +259,7 @@ def _annotation(raw: dict, images: dict[int, Image], categories: dict[int, _Cate
             "category."
         )
     if raw.get("iscrowd", 0) not in (0, 1):
-        raise ValueError(f"`iscrowd` is {reprlib.repr(raw['iscrowd'])}; expected 0 or 1. Mend it.")
+        raise ValueError(f"`iscrowd` is {reprlib.repr(raw['iscrowd'])}; expected 0 or 1. Fix it.")
     of = {"id": annotation_id, "category_id": category_id, "is_crowd": bool(raw.get("iscrowd", 0))}
     return _drawn(raw.get("segmentation"), raw.get("bbox") or None, images[image_id], **of)
 
@@ -279,12 +279,12 @@ def _box(bbox: object, image: Image) -> tuple[float, float, float, float]:
     except (TypeError, ValueError, OverflowError):
         sound = False
     if not sound:
-        raise ValueError(f"{told} is not [x, y, width, height] in pixels, all finite, none below 0. Mend or remove it.")
+        raise ValueError(f"{told} is not [x, y, width, height] in pixels, all finite, none below 0. Fix or remove it.")
     for start, side, whole in ((x, w, image.width), (y, h, image.height)):
         if start < -BORDER * whole or start + side > (1 + BORDER) * whole or start + side < 0 or start > whole:
             raise ValueError(
                 f"{told} lies outside the photo of {image.width}x{image.height} pixels; expected it inside, or up to a "
-                "tenth of the side beyond. If it is of a photo of another size, scale it; else mend or remove it."
+                "tenth of the side beyond. If it is of a photo of another size, scale it; else fix or remove it."
             )
     return x, y, w, h
 
@@ -296,7 +296,7 @@ def _whole(raw: dict, name: str, least: int = 0, most: int = 2**63 - 1) -> int:
     if type(value) is not int or not least <= value <= most:
         raise ValueError(
             f"`{name}` is {_shown(raw, name)}; expected a whole number "
-            f"from {least} to {most}. Mend the entry or remove it."
+            f"from {least} to {most}. Fix the entry or remove it."
         )
     return value
 
@@ -305,7 +305,7 @@ def _text(raw: dict, name: str) -> str:
     value = raw.get(name)
     if not isinstance(value, str) or not value or _UNPRINTABLE.search(value):
         raise ValueError(
-            f"`{name}` is {_shown(raw, name)}; expected text without control characters. Mend or remove the entry."
+            f"`{name}` is {_shown(raw, name)}; expected text without control characters. Fix or remove the entry."
         )
     return value
 

@@ -27,7 +27,7 @@ def compress(shape: object, height: int, width: int) -> bytes:
     if not isinstance(shape, dict):
         raise ValueError(
             f"`segmentation` is neither polygons nor an RLE but {type(shape).__name__}; expected [[x, y, ...], ...] or "
-            '{"size": [height, width], "counts": ...}. Mend or remove it.'
+            '{"size": [height, width], "counts": ...}. Fix or remove it.'
         )
     if shape.get("size") != [height, width]:
         raise ValueError(
@@ -75,19 +75,19 @@ def _polygon(points: object, place: int, height: int, width: int) -> list[float]
     if not isinstance(points, list) or not set(map(type, points)) <= {int, float}:
         raise ValueError(
             f"polygon {place} of `segmentation` is not a flat list of numbers; expected [x0, y0, x1, y1, ...] in "
-            "pixels. Mend or remove it."
+            "pixels. Fix or remove it."
         )
     if len(points) % 2 or len(points) < 6:
         raise ValueError(
             f"polygon {place} of `segmentation` has {len(points)} numbers; expected an even count from 6 on, the x and "
-            "y of its corners. Mend or remove it."
+            "y of its corners. Fix or remove it."
         )
     xs, ys = points[::2], points[1::2]
     if not (_within(xs, width) and _within(ys, height)):
         raise ValueError(
             f"polygon {place} of `segmentation` spans x {_span(xs)} and y {_span(ys)}, outside the photo of "
             f"{width}x{height} pixels; expected it inside, or up to a tenth of the side beyond. If it was drawn on a "
-            "photo of another size, scale it; else mend or remove it."
+            "photo of another size, scale it; else fix or remove it."
         )
     if len(xs) * max(height, width) > MAX_OUTLINE:  # only then may it be so long
         corners = np.array(points, np.float64).reshape(-1, 2)
@@ -117,19 +117,17 @@ def _runs_of(counts: object) -> list[int]:
         return counts
     raise ValueError(
         f"its RLE `counts` are {type(counts).__name__}; expected a list of whole numbers or a compressed string. "
-        "Mend or remove it."
+        "Fix or remove it."
     )
 
 
 def _checked(runs: list[int], height: int, width: int) -> list[int]:
     if min(runs, default=0) < 0:
-        raise ValueError(
-            f"its RLE `counts` have a run of {min(runs)} pixels; expected none below 0. Mend or remove it."
-        )
+        raise ValueError(f"its RLE `counts` have a run of {min(runs)} pixels; expected none below 0. Fix or remove it.")
     if sum(runs) != height * width:
         raise ValueError(
             f"its RLE `counts` add up to {sum(runs)} pixels; expected {height * width}, as many as the photo has. "
-            "Mend or remove it."
+            "Fix or remove it."
         )
     return runs
 

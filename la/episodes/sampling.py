@@ -18,9 +18,9 @@ from la.errors import InputError, TooFewImages
 
 MIN_AREA = 32 * 32  # pixels of a class that an image must show to count as showing it
 MAX_POINTS = 10  # points of one instance at most (section 5.2)
-KINDS = ("mask", "point", "box")
+PROMPT_KINDS = ("mask", "point", "box")
 PROMPT_SETS = tuple(  # the seven non-empty sets of prompt types
-    tuple(kind for bit, kind in enumerate(KINDS) if chosen >> bit & 1) for chosen in range(1, 8)
+    tuple(kind for bit, kind in enumerate(PROMPT_KINDS) if chosen >> bit & 1) for chosen in range(1, 8)
 )
 
 
@@ -185,13 +185,13 @@ def evaluation_episode(
     supports = _draw_supports(pool, classes, query, shots, uniform, varied, retrieve)
     kinds = ("point", "box") if prompt == "point_box" else (prompt,)
     uniform = random.Random(f"{name}/{index}/{ways}/{shots}/prompts").random
-    draw_kinds = (lambda: (_pick(KINDS, uniform),)) if prompt == "mixed" else (lambda: kinds)
+    draw_kinds = (lambda: (_pick(PROMPT_KINDS, uniform),)) if prompt == "mixed" else (lambda: kinds)
     pairs = _prompt_pairs(pool, classes, supports, draw_kinds, uniform, jitter=0.0)
     return Episode(index, tuple(classes), query, tuple(supports), pairs)
 
 
 def training_episode(
-    pool: Pool, name: str, index: int, ways: int, shots: int, prompts: Sequence[str] = KINDS, jitter: float = 0.1
+    pool: Pool, name: str, index: int, ways: int, shots: int, prompts: Sequence[str] = PROMPT_KINDS, jitter: float = 0.1
 ) -> Episode:
     """Episode `index` of training (section 4.4): the query shows 1 to N of the N classes, each count equally likely.
 

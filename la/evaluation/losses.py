@@ -22,7 +22,7 @@ def focal_loss(logits: Tensor, truth: Tensor, gamma: float = 2.0, class_weights:
     - "none".
 
     The paper says "per-class weighting proportional to the number of pixels"; weights that grow with it would deepen
-    the imbalance they are to mend, so here they fall with it.
+    the imbalance they are to fix, so here they fall with it.
     """
     counted = truth != IGNORED
     target = truth.masked_fill(~counted, 0)

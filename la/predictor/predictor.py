@@ -21,7 +21,15 @@ from la.errors import InputError
 from la.model.decoder import segment
 from la.predictor.checkpoint import Checkpoint, backbone_of, read_checkpoint
 from la.predictor.encoded_supports import Learned, learn
-from la.predictor.support_set import Shown, Support, SupportSet, differences, load_supports, merged, save_supports
+from la.predictor.support_set import (
+    PromptsOnSupport,
+    Support,
+    SupportSet,
+    differences,
+    load_supports,
+    merged,
+    save_supports,
+)
 from la.predictor.user_prompts import ClassPrompts, Prompt, check_prompts, coverage
 
 PHOTOS_AT_ONCE = 8  # through the backbone, as when a feature store is made
@@ -185,11 +193,13 @@ class Predictor:
         """The same of at most PHOTOS_AT_ONCE photos that are opened."""
         return self.backbone.encode(torch.stack([squash(photo, self.backbone.image_size) for photo in photos]))
 
-    def _shown(self, prompts: PhotoPrompts, size: tuple[int, int], name: str) -> dict[str, Shown]:
+    def _shown(self, prompts: PhotoPrompts, size: tuple[int, int], name: str) -> dict[str, PromptsOnSupport]:
         if not isinstance(prompts, Mapping) or not prompts:
             raise InputError(f"{name}: expected a dictionary from class names to prompts with at least one class.")
         checked = {one: check_prompts(given, *size, f"{name}, class {one}") for one, given in prompts.items()}
-        return {one: Shown(self._coverage(found), found.points, found.boxes) for one, found in checked.items()}
+        return {
+            one: PromptsOnSupport(self._coverage(found), found.points, found.boxes) for one, found in checked.items()
+        }
 
     def _coverage(self, prompts: ClassPrompts) -> Tensor | None:
         """(s, s) uint8 of all masks of a class, each drawn by itself, as masks of a data set are."""

@@ -24,7 +24,7 @@ from la.errors import InputError
 FORMAT = "label-anything supports 1"
 
 
-class Shown(NamedTuple):
+class PromptsOnSupport(NamedTuple):
     """The prompts of one class on one photo: coverage (s, s) uint8 or None, and points and boxes in pixels."""
 
     mask: Tensor | None
@@ -39,7 +39,7 @@ class Support:
     name: str
     size: tuple[int, int]
     features: Tensor
-    shown: Mapping[str, Shown]
+    shown: Mapping[str, PromptsOnSupport]
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,8 @@ def load_supports(path: Path) -> SupportSet:
         ) from error
 
 
-def _shown(one: dict, masks: Sequence[Tensor]) -> Shown:
+def _shown(one: dict, masks: Sequence[Tensor]) -> PromptsOnSupport:
     mask = None if one["mask"] is None else masks[one["mask"]]
-    return Shown(mask, tuple((x, y, int(label)) for x, y, label in one["points"]), tuple(map(tuple, one["boxes"])))
+    return PromptsOnSupport(
+        mask, tuple((x, y, int(label)) for x, y, label in one["points"]), tuple(map(tuple, one["boxes"]))
+    )

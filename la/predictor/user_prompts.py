@@ -32,7 +32,7 @@ class Box(NamedTuple):
 # `segmentation`, or its `bbox` [x, y, width, height] where it has none, and `points` [[x, y, label], ...], label 1 on
 # the object and 0 beside it, which COCO itself does not know.
 Prompt = np.ndarray | Points | Box | Mapping[str, Any]
-KINDS = "a mask array, Points, a Box or a COCO annotation"
+ACCEPTED_PROMPTS = "a mask array, Points, a Box or a COCO annotation"
 
 
 class ClassPrompts(NamedTuple):
@@ -67,7 +67,7 @@ def check_prompts(prompts: Prompt | Iterable[Prompt], height: int, width: int, w
             points += pointed
             boxes += boxed
         else:
-            raise InputError(f"{where}: a prompt is {type(prompt).__name__}; expected {KINDS}.")
+            raise InputError(f"{where}: a prompt is {type(prompt).__name__}; expected {ACCEPTED_PROMPTS}.")
     if not masks and not boxes and not any(label for _, _, label in points):
         found = "points beside the object alone" if points else "no prompt"
         raise InputError(f"{where}: {found}; expected at least one mask, box or point on the object.")

@@ -23,7 +23,7 @@ from la.model.label_anything import LabelAnything, ModelConfig, preset
 from pipelines.bench.ratios import BenchResult, in_turn
 from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.episodes.batches import BatchBuilder
-from pipelines.episodes.episode_shards import Plan, draw, evaluation_plan, repeated, training_plan
+from pipelines.episodes.episode_shards import EpisodePlan, draw, evaluation_plan, repeated, training_plan
 from pipelines.store.reader import FeatureStore
 
 TRAINING, TESTING = (2, 4, 2), (1, 5, 5)  # (B, N, K)
@@ -53,7 +53,7 @@ class _Setting:
                 part.absorb = False
         return cls(store, *models)
 
-    def batches(self, plan: Plan, count: int) -> list[tuple[EpisodeBatch, Tensor]]:
+    def batches(self, plan: EpisodePlan, count: int) -> list[tuple[EpisodeBatch, Tensor]]:
         builder = self.builder(plan.split)
         size = plan.batches[0][0]
         drawn = [draw(plan, self.store, 0, n * size, (n + 1) * size) for n in range(count)]

@@ -38,7 +38,7 @@ ROWS_PER_PART = 4096
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpisodePlan:
     """What a set of episode shards holds. Two equal plans on equal annotations are the same episodes."""
 
     protocol: str  # "la-train", or that of testing and "-test"
@@ -68,16 +68,16 @@ class Plan:
         return store.path.parents[1] / "episodes" / kind / key
 
 
-def training_plan(config: TrainConfig) -> Plan:
+def training_plan(config: TrainConfig) -> EpisodePlan:
     count = -(-config.train_batches // len(config.batches))
     drawn = {"batches": config.batches, "count": count, "mixed": config.prompts, "fold_lists": config.fold_lists}
-    return Plan("la-train", config.fold, "train", config.classes, config.seed, **drawn)
+    return EpisodePlan("la-train", config.fold, "train", config.classes, config.seed, **drawn)
 
 
-def evaluation_plan(config: EvaluateConfig, seed: int, fold_lists: FoldLists | None = None) -> Plan:
+def evaluation_plan(config: EvaluateConfig, seed: int, fold_lists: FoldLists | None = None) -> EpisodePlan:
     """Raises InputError for an unknown protocol. `fold_lists`: others than the protocol's."""
     protocol = protocol_of(config.protocol)
-    return Plan(
+    return EpisodePlan(
         f"{protocol.name}-test",
         config.fold,
         config.split,
@@ -94,7 +94,7 @@ def evaluation_plan(config: EvaluateConfig, seed: int, fold_lists: FoldLists | N
     )
 
 
-def training_plan_of_another(config: TrainConfig, store: FeatureStore, other: FeatureStore) -> Plan:
+def training_plan_of_another(config: TrainConfig, store: FeatureStore, other: FeatureStore) -> EpisodePlan:
     """Training episodes on the photos of another store, of all classes it labels but those that stay unseen.
 
     Raises InputError where its features are not like those of `store`.
@@ -133,7 +133,7 @@ def pool_on(
     return Pool(dataset, [c for c in chosen if dataset.categories[c] not in without], min_area)
 
 
-def pool_of(plan: Plan, store: FeatureStore) -> Pool:
+def pool_of(plan: EpisodePlan, store: FeatureStore) -> Pool:
     return _pool(store, plan.split, plan.fold, plan.classes, plan.fold_lists, plan.min_area, plan.without)
 
 
@@ -146,7 +146,7 @@ def _retrieval(store: FeatureStore, split: str) -> Retrieve:
     return lambda query, among, count: index.nearest(descriptors[place[query]], count, among)
 
 
-def draw(plan: Plan, store: FeatureStore, group: int, start: int, stop: int) -> list[Episode]:
+def draw(plan: EpisodePlan, store: FeatureStore, group: int, start: int, stop: int) -> list[Episode]:
     """Episodes start..stop-1 of a group; raises InputError where classes or images are too few."""
     pool = pool_of(plan, store)
     _, ways, shots = plan.batches[group]
@@ -170,7 +170,7 @@ class EpisodeShards:
     Raises InputError from any member for files that are missing, damaged or of another data set.
     """
 
-    def __init__(self, folder: Path, plan: Plan, dataset: Dataset):
+    def __init__(self, folder: Path, plan: EpisodePlan, dataset: Dataset):
         self.folder = folder
         self.manifest = read_manifest(folder, plan.__dict__, dataset)
         self._plan = plan
@@ -230,7 +230,7 @@ def dealt(costs: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def ensure_episodes(plan: Plan, store: FeatureStore, workers: int = 0) -> EpisodeShards:
+def ensure_episodes(plan: EpisodePlan, store: FeatureStore, workers: int = 0) -> EpisodeShards:
     """The shards of `plan`, drawn and written where they are not there yet.
 
     `workers` processes draw parts side by side; parts that an earlier, killed run finished are kept.
@@ -266,7 +266,7 @@ def ensure_episodes(plan: Plan, store: FeatureStore, workers: int = 0) -> Episod
 
 
 def _write_part(
-    plan: Plan, store: FeatureStore | Path, group: int, start: int, stop: int, size: int, path: Path
+    plan: EpisodePlan, store: FeatureStore | Path, group: int, start: int, stop: int, size: int, path: Path
 ) -> str:
     """Draw and write one part, one row group a training batch; returns its content digest."""
     if path.exists():

@@ -20,7 +20,7 @@ from pipelines.config import EvaluateConfig
 from pipelines.episodes.batches import BatchBuilder
 from pipelines.episodes.episode_shards import draw, ensure_episodes, evaluation_plan
 from pipelines.evaluation.methods import Method, find_method
-from pipelines.remote_path import place
+from pipelines.remote_path import path_or_uri
 from pipelines.store.reader import FeatureStore
 from pipelines.workspace import Workspace, write_whole
 
@@ -119,7 +119,7 @@ def _photo(builder: BatchBuilder, image_id: int) -> np.ndarray:
     image = builder.dataset.images[image_id]
     info = builder.store.info
     split = next(s for s in info.splits if image_id in builder.store.dataset(s).images)
-    path = place(info.coco_dir) / info.splits[split].name / image.file_name
+    path = path_or_uri(info.coco_dir) / info.splits[split].name / image.file_name
     try:
         return np.asarray(decode_photo(path, (image.height, image.width)))
     except InputError:

@@ -20,7 +20,7 @@ from la.errors import InputError
 from la.evaluation.baselines import BASELINES
 from la.model.label_anything import preset
 from pipelines.evaluation.profile_cell import SPLIT, WAYS, Cell, measure
-from pipelines.remote_path import place
+from pipelines.remote_path import path_or_uri
 from pipelines.store.reader import FeatureStore
 from pipelines.workspace import Workspace, write_text
 
@@ -193,7 +193,7 @@ def _check(cell: Cell, shots: list[int], methods: list[str]) -> None:
 def _missing_for_backbone(cell: Cell) -> str | None:
     """Why photos cannot go through the store's backbone, and what to do; None where they can."""
     info = FeatureStore(cell.store).info
-    folder = place(info.coco_dir) / info.splits[SPLIT].name
+    folder = path_or_uri(info.coco_dir) / info.splits[SPLIT].name
     if not folder.is_dir():
         return f"from photos: {folder} is not there. Put the store's photos back there, or pass --no-backbone."
     if cell.weights is None and not info.weights.startswith("hub:"):

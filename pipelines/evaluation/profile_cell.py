@@ -29,7 +29,7 @@ from pipelines.config import EvaluateConfig
 from pipelines.episodes.batches import BatchBuilder
 from pipelines.episodes.episode_shards import draw, evaluation_plan, repeated
 from pipelines.evaluation.methods import load_checkpoint
-from pipelines.remote_path import place
+from pipelines.remote_path import path_or_uri
 from pipelines.store.reader import FeatureStore
 
 WAYS = 5  # of table 2
@@ -48,7 +48,7 @@ class Cell:
     shots: int
     backbone: bool  # from photos; else from features
     preset: str = "official"  # of LA, with random weights
-    checkpoint: Path | None = None  # of LA, in place of the preset
+    checkpoint: Path | None = None  # of LA, in path_or_uri of the preset
     weights: Path | None = None  # of the backbone
     fold: int = 0
     repeats: int = 5
@@ -192,13 +192,13 @@ class _Held(FeatureStore):
 
 
 class _Photos(FeatureStore):
-    """Photos of a store's COCO folder in place of their features."""
+    """Photos of a store's COCO folder in path_or_uri of their features."""
 
     def read_batch(self, image_ids: Sequence[int]) -> Tensor:
         """(n, 3, S, S) uint8."""
         from la.data.photos import read_photo
 
-        folder = place(self.info.coco_dir) / self.info.splits[SPLIT].name
+        folder = path_or_uri(self.info.coco_dir) / self.info.splits[SPLIT].name
         images = [self.dataset(SPLIT).images[i] for i in image_ids]
         size = self.info.image_size
         return torch.stack([read_photo(folder / i.file_name, size, (i.height, i.width)) for i in images])

@@ -120,7 +120,7 @@ def restore_best(run_dir: Path, last: dict | None) -> None:
 
 @contextmanager
 def full_disk_told(folder: Path) -> Iterator[None]:
-    """Tell of a full disk as the user's mistake, which it is to mend; other errors pass."""
+    """Tell of a full disk as the user's mistake, which it is to fix; other errors pass."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save wraps the system's error in one of its own

@@ -20,7 +20,7 @@ from pipelines.serve.service import Service
 from pipelines.serve.widgets import data_url, download_button, warn
 
 
-class Shown(NamedTuple):
+class QueryResult(NamedTuple):
     """Of a segmented photo all that is shown and handed out; its mask is kept as PNG, which is far smaller."""
 
     class_set: ClassSet
@@ -39,7 +39,7 @@ class Query:
 
     upload: Upload
     preview: str
-    shown: Shown | None = None
+    shown: QueryResult | None = None
 
 
 class Queries:
@@ -100,7 +100,7 @@ class Queries:
                     _about(query.upload.name, query.shown)
 
 
-def _about(name: str, shown: Shown) -> None:
+def _about(name: str, shown: QueryResult) -> None:
     supports = shown.class_set.supports
     scores = zip(supports.classes, shown.colours, shown.scores, strict=True)
     legend = "".join(
@@ -122,14 +122,14 @@ def _about(name: str, shown: Shown) -> None:
     button.props["aria-label"] = f"Download the mask of {name} as PNG"
 
 
-def _shown(class_set: ClassSet, done: Timed, colours: tuple[Colour, ...]) -> Shown:
+def _shown(class_set: ClassSet, done: Timed, colours: tuple[Colour, ...]) -> QueryResult:
     mask, scores, _ = done.value
     step = -(-max(mask.shape) // PREVIEW)  # what is laid over the preview need not be larger than that
     overlay = data_url(png(mask[::step, ::step], colours, clear_background=True), "png")
     found = tuple(map(float, scores))
-    return Shown(class_set, colours, found, png(mask, colours), overlay, done.seconds, done.queue_seconds, None)
+    return QueryResult(class_set, colours, found, png(mask, colours), overlay, done.seconds, done.queue_seconds, None)
 
 
-def _coco_of(done: Sequence[tuple[str, Shown]]) -> str:
+def _coco_of(done: Sequence[tuple[str, QueryResult]]) -> str:
     photos = ((name, np.asarray(Image.open(io.BytesIO(shown.png))), shown.scores) for name, shown in done)
     return json.dumps(coco_document(photos, done[0][1].class_set.supports.classes))

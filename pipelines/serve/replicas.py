@@ -132,7 +132,7 @@ def _until_running(name: str, count: int) -> None:
         time.sleep(0.2)
 
 
-class Share(NamedTuple):
+class ReplicaShare(NamedTuple):
     """Of the cluster for one replica."""
 
     cpus: float
@@ -184,7 +184,7 @@ def replicas_queue(config: ServeConfig) -> Iterator[JobQueue]:
             serve.delete(name)
 
 
-def share_of(config: ServeConfig, nodes: list[dict[str, float]]) -> Share:
+def share_of(config: ServeConfig, nodes: list[dict[str, float]]) -> ReplicaShare:
     """What one replica gets of nodes with these resources, so that all have room.
 
     Without --threads the CPUs are shared; GPUs are, where there are fewer of them than replicas. Raises InputError
@@ -205,7 +205,7 @@ def share_of(config: ServeConfig, nodes: list[dict[str, float]]) -> Share:
     wanted = [config.threads] if config.threads else [*range(int(all_cpus / count), 0, -1), *parts]
     for cpus in wanted:
         if room(cpus):
-            return Share(cpus, gpu)
+            return ReplicaShare(cpus, gpu)
     raise InputError(
         f"--replicas {count}{f' times --threads {config.threads}' if config.threads else ''}: Ray has "
         f"{', '.join(_told(node) for node in nodes)}. Pass fewer."

@@ -146,7 +146,7 @@ def _existing(shard: Shard, key: str, skip_bad: bool) -> ShardNote:
     if note.skipped and not skip_bad:
         raise InputError(
             f"{shard.file} was made with --skip-bad and leaves out {len(note.skipped)} photos, e.g. "
-            f"{next(iter(note.skipped.values()))} Pass --skip-bad again, or mend them and remove {shard.file}."
+            f"{next(iter(note.skipped.values()))} Pass --skip-bad again, or fix them and remove {shard.file}."
         )
     return note
 

@@ -21,14 +21,14 @@ from la.data.coco import Image
 from la.errors import InputError
 from pipelines.cluster import gpu_share, node_resources, ray_session, wait_for
 from pipelines.config import FeaturizeConfig
-from pipelines.remote_path import Place
+from pipelines.remote_path import PathOrUri
 from pipelines.store.feature_shards import ShardNote, ShardWriter, StoreSettings, open_shard
 from pipelines.store.shard_maker import BackboneNote, Shard, decode, encode, load
 
 TASKS = 1000  # of decoding, at least, where there are so many batches
 PASSES = 5  # in a row that may end without one more shard before somebody has to look
 
-Row = dict[str, Any]
+PhotoRow = dict[str, Any]
 OnBatch = Callable[[int, float], None]  # (photos, seconds)
 
 
@@ -37,7 +37,7 @@ class Batch(BaseModel):
 
     shard: int  # position among the shards to make
     number: int  # of the batch within its shard
-    folder: Place
+    folder: PathOrUri
     images: list[Image]
     skipped: dict[str, str] = {}
 
@@ -126,7 +126,7 @@ def _one_pass(
             ray.kill(writer)
 
 
-class Share(NamedTuple):
+class ShardShare(NamedTuple):
     """CPUs of a decoding task, how many CPUs there are to decode, and CPUs and GPUs of a featurizing actor."""
 
     decoding: float
@@ -135,7 +135,7 @@ class Share(NamedTuple):
     gpus: float
 
 
-def share_of(config: FeaturizeConfig, actors: int, nodes: list[dict[str, float]]) -> Share:
+def share_of(config: FeaturizeConfig, actors: int, nodes: list[dict[str, float]]) -> ShardShare:
     """No more than the cluster's nodes have, or a stage would wait for ever."""
     gpu = gpu_share(config.device, actors, nodes)
     hosts = [node for node in nodes if node.get("GPU")] if gpu else nodes
@@ -145,7 +145,7 @@ def share_of(config: FeaturizeConfig, actors: int, nodes: list[dict[str, float]]
     cpus = min(config.threads or 1, host, (all_cpus - decoding) / actors)
     if gpu:
         cpus = min(cpus, 1)  # the GPU does the work
-    return Share(decoding, max(1, int(all_cpus)), cpus if cpus < 1 else int(cpus), gpu)
+    return ShardShare(decoding, max(1, int(all_cpus)), cpus if cpus < 1 else int(cpus), gpu)
 
 
 class Decode:
@@ -154,7 +154,7 @@ class Decode:
     def __init__(self, config: FeaturizeConfig):
         self.config = config
 
-    def __call__(self, row: Row) -> Row:
+    def __call__(self, row: PhotoRow) -> PhotoRow:
         batch = Batch.model_validate_json(row["batch"])
         try:
             decoded = decode(self.config, batch.folder, batch.images)
@@ -174,8 +174,14 @@ class Encode:
     def backbone(self) -> Backbone:
         return load(self.config)
 
-    def __call__(self, row: Row) -> Row:
-        made: Row = {"batch": row["batch"], "features": b"", "about": "", "mistake": row["mistake"], "seconds": 0.0}
+    def __call__(self, row: PhotoRow) -> PhotoRow:
+        made: PhotoRow = {
+            "batch": row["batch"],
+            "features": b"",
+            "about": "",
+            "mistake": row["mistake"],
+            "seconds": 0.0,
+        }
         if row["mistake"]:
             return made
         side = self.config.image_size
@@ -196,7 +202,7 @@ class Write:
     def __init__(self, writers: list):
         self.writers = writers
 
-    def __call__(self, row: Row) -> Row:
+    def __call__(self, row: PhotoRow) -> PhotoRow:
         import ray
 
         done = {"batch": row["batch"], "seconds": row["seconds"], "mistake": row["mistake"], "note": "", "lost": False}

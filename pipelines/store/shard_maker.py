@@ -19,7 +19,7 @@ from la.data.photos import read_photo
 from la.device import pick_device
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig
-from pipelines.remote_path import Place, RemotePath, Unreachable
+from pipelines.remote_path import PathOrUri, RemotePath, Unreachable
 from pipelines.store.feature_shards import ShardNote, ShardWriter, StoreSettings
 
 READERS = 16  # threads that ask a server for photos: they wait, and need no CPU
@@ -32,7 +32,7 @@ class Shard(BaseModel):
     file: Path
     split: str
     number: int
-    photos: Place
+    photos: PathOrUri
     images: list[Image]
 
     def batches(self, size: int) -> list[list[Image]]:

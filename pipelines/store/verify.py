@@ -15,7 +15,7 @@ from la.data.photos import read_photo
 from la.device import pick_device
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig, VerifyConfig
-from pipelines.remote_path import place
+from pipelines.remote_path import path_or_uri
 from pipelines.store.feature_shards import FEATURES, MappedShard, ShardNote, open_shard, parse_shard_file, shard_file
 from pipelines.store.featurize import make_shards, plan_shards, store_settings, without
 from pipelines.store.reader import FeatureStore, finish_store, read_index
@@ -31,7 +31,7 @@ OnProgress = Callable[[str, int, int], None]  # (what is done, how many, of how 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was looked at, what is bad of it (file -> why), and what was mended."""
+    """What was looked at, what is bad of it (file -> why), and what was repaired."""
 
     store: Path
     shards: int
@@ -135,7 +135,7 @@ def _check_shard(store: FeatureStore, file: str, placed: list[int] | None) -> No
 
 def _photos(store: FeatureStore, config: VerifyConfig) -> dict[str, Path]:
     """split -> folder of its photos. Raises InputError where one is not there."""
-    root = place(config.coco_dir or store.info.coco_dir)
+    root = path_or_uri(config.coco_dir or store.info.coco_dir)
     folders = {split: root / about.name for split, about in store.info.splits.items()}
     for folder in folders.values():
         if not folder.is_dir():
@@ -204,7 +204,7 @@ def _repair(store: FeatureStore, bad: dict[str, str], config: VerifyConfig, on_p
     info = store.info
     featurizing = FeaturizeConfig(
         workspace=config.workspace,
-        coco_dir=place(config.coco_dir or info.coco_dir).absolute(),
+        coco_dir=path_or_uri(config.coco_dir or info.coco_dir).absolute(),
         train_split=info.splits["train"].name,
         val_split=info.splits["val"].name,
         backbone=info.backbone,

@@ -11,8 +11,8 @@ from la.model.label_anything import ModelConfig, preset
 from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.episodes.batches import BatchBuilder
 from pipelines.episodes.episode_shards import (
+    EpisodePlan,
     EpisodeShards,
-    Plan,
     ensure_episodes,
     evaluation_plan,
     training_plan,
@@ -43,7 +43,9 @@ class Prepared:
 
     config: TrainConfig
     store: FeatureStore
-    sources: tuple[tuple[Plan, FeatureStore], ...]  # episodes to train on: of its own store, then of those in `also`
+    sources: tuple[
+        tuple[EpisodePlan, FeatureStore], ...
+    ]  # episodes to train on: of its own store, then of those in `also`
     shape: ModelConfig | HybridConfig
     run_dir: Path
 

@@ -36,21 +36,21 @@ def notice() -> Iterator[Notice]:
 
     Other threads than the main one get none.
     """
-    told = Notice()
+    stop_notice = Notice()
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield stop_notice
         return
 
     def note(signum: int, frame: object) -> None:
         if signum == signal.SIGINT:
-            if told.came():
+            if stop_notice.came():
                 raise KeyboardInterrupt
             os.write(2, b"stopping after the step under way; Ctrl-C once more ends at once\n")
-        told.signum = signum
+        stop_notice.signum = signum
 
     before = {each: signal.signal(each, note) for each in SIGNALS}
     try:
-        yield told
+        yield stop_notice
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -31,7 +31,7 @@ class Desk:
         self.reports: list[dict] = []
         self.stop = False
         self.failure = ""  # of the last worker that could tell
-        self.mistake = False  # whether the failure is the user's to mend, so that another start is of no use
+        self.mistake = False  # whether the failure is the user's to fix, so that another start is of no use
         self.mark: int | None = None
         self.starts = 0
 
@@ -73,7 +73,7 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
     Returns the signal on which it stopped, if one came. Raises InputError for what a worker found to be the user's
     mistake, and RuntimeError where the workers die again and again without reaching another checkpoint.
     """
-    with ray_session() as alone, notice() as told:  # within the session: Ray has a handler of its own for SIGTERM
+    with ray_session() as alone, notice() as stop_notice:  # in this order: Ray handles SIGTERM in its own way
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -83,9 +83,9 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
         desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote()
         gpu = _takes_gpus(config.device, alone)
         each = {"CPU": config.threads or 1} | ({"GPU": 1} if gpu else {})
-        wait_for(f"--workers {config.workers}", config.workers, each, alone, told.came)
-        if told.came():
-            return told.signum
+        wait_for(f"--workers {config.workers}", config.workers, each, alone, stop_notice.came)
+        if stop_notice.came():
+            return stop_notice.signum
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"config": config.model_dump(mode="json"), "desk": desk},
@@ -111,7 +111,7 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
 
         # in a thread of its own: in the main one, Ray answers Ctrl-C by ending the workers without a checkpoint
         threading.Thread(target=run, daemon=True).start()
-        refused = _pump(desk, on_report or (lambda _: None), told, ended)
+        refused = _pump(desk, on_report or (lambda _: None), stop_notice, ended)
         if failures or refused:
             raise (failures or refused)[0]
         verdict = ray.get(desk.verdict.remote())
@@ -119,7 +119,7 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
             raise InputError(verdict[0])
         if verdict:
             raise RuntimeError(f"training started {STARTS} times without reaching another checkpoint: {verdict[0]}")
-        return told.signum
+        return stop_notice.signum
 
 
 def _takes_gpus(device: str, alone: bool) -> bool:
@@ -131,14 +131,14 @@ def _takes_gpus(device: str, alone: bool) -> bool:
     return device != "auto" or ray.cluster_resources().get("GPU", 0) > 0
 
 
-def _pump(desk, on_report: Callable[[dict], None], told: Notice, ended: threading.Event) -> list[Exception]:
+def _pump(desk, on_report: Callable[[dict], None], stop_notice: Notice, ended: threading.Event) -> list[Exception]:
     """Hand reports on and notice down until training ended; returns what `on_report` raised."""
     import ray
 
     last, refused = False, []
     while not last:
         last = ended.wait(POLL_SECONDS)
-        if told.came() or refused:
+        if stop_notice.came() or refused:
             desk.ask_to_stop.remote()
         for report in ray.get(desk.take_reports.remote()):
             try:
@@ -176,10 +176,10 @@ def _worker(settings: dict) -> None:
         dist.broadcast(shared, src=0, group=flags)
         return int(shared.item())
 
-    def ask(told: Callable[[], bool]) -> Callable[[], bool]:
+    def ask(stop_notice: Callable[[], bool]) -> Callable[[], bool]:
         if flags is None:
-            return told
-        shared = torch.tensor([int(told())])
+            return stop_notice
+        shared = torch.tensor([int(stop_notice())])
         sent = dist.broadcast(shared, src=0, group=flags, async_op=True)
 
         def answer() -> bool:

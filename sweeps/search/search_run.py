@@ -23,7 +23,7 @@ from sweeps.paper_tables import Table
 from sweeps.records import SweepRuns
 from sweeps.results import FoldResult
 from sweeps.runner import run_trials
-from sweeps.search.search_state import Search, Work
+from sweeps.search.search_state import Search, SearchedTrial
 from sweeps.search.space import train_command
 from sweeps.trial import TrialSpec, finished
 
@@ -107,7 +107,7 @@ def run_search(
                 proposals = Proposals(search, waiting, config.trials - done)
                 with SweepDisplay(console, config.trials, done) as display:
                     listeners = [_Settle(search), runs, display]
-                    work = Work(search.config, train)
+                    work = SearchedTrial(search.config, train)
                     failed = run_trials(
                         config, config.workers, search.folder, work, proposals.jobs, listeners, proposals
                     )

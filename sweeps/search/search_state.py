@@ -137,7 +137,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Work:
+class SearchedTrial:
     """What a worker does for a trial."""
 
     config: SearchConfig

@@ -9,7 +9,7 @@ from la.errors import InputError
 from pipelines.cluster import ray_session
 from pipelines.config import FeaturizeConfig
 from pipelines.store.featurize import featurize
-from pipelines.store.featurize_on_ray import Share, make_with_ray, share_of
+from pipelines.store.featurize_on_ray import ShardShare, make_with_ray, share_of
 from pipelines.store.reader import FeatureStore
 from tests.conftest import TINY
 
@@ -62,12 +62,12 @@ def test_a_shard_is_told_once_and_one_that_is_repaired_is_made(monkeypatch, tmp_
 @pytest.mark.parametrize(
     ("settings", "actors", "nodes", "share"),
     [
-        ({"threads": 1}, 1, [{"CPU": 1}], Share(0.5, 1, 0.5, 0)),
-        ({"threads": 1}, 2, [{"CPU": 2}], Share(1, 2, 0.5, 0)),
-        ({"threads": 32}, 2, [{"CPU": 8}] * 4, Share(1, 32, 8, 0)),
-        ({"threads": 8}, 8, [{"CPU": 64, "GPU": 8}], Share(1, 64, 1, 1)),
-        ({"threads": 8}, 3, [{"CPU": 16, "GPU": 2}], Share(1, 16, 1, 0.5)),
-        ({"threads": 4, "device": "cpu"}, 2, [{"CPU": 16, "GPU": 2}], Share(1, 16, 4, 0)),
+        ({"threads": 1}, 1, [{"CPU": 1}], ShardShare(0.5, 1, 0.5, 0)),
+        ({"threads": 1}, 2, [{"CPU": 2}], ShardShare(1, 2, 0.5, 0)),
+        ({"threads": 32}, 2, [{"CPU": 8}] * 4, ShardShare(1, 32, 8, 0)),
+        ({"threads": 8}, 8, [{"CPU": 64, "GPU": 8}], ShardShare(1, 64, 1, 1)),
+        ({"threads": 8}, 3, [{"CPU": 16, "GPU": 2}], ShardShare(1, 16, 1, 0.5)),
+        ({"threads": 4, "device": "cpu"}, 2, [{"CPU": 16, "GPU": 2}], ShardShare(1, 16, 4, 0)),
     ],
 )
 def test_no_stage_asks_for_more_than_the_nodes_have(config, settings, actors, nodes, share):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import cli
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig, VerifyConfig
-from pipelines.remote_path import filesystem, place
+from pipelines.remote_path import filesystem, path_or_uri
 from pipelines.store.featurize import featurize
 from pipelines.store.reader import FeatureStore
 from pipelines.store.remote_store import RemoteStores
@@ -215,8 +215,8 @@ def test_photos_are_read_from_a_server_that_fails_for_a_while(config, uri, serve
     here = featurize(config).store
     files, folder = filesystem(uri)
     fs.copy_files(str(config.coco_dir), folder, destination_filesystem=files)
-    there = config.model_copy(update={"coco_dir": place(uri)})
-    assert (place(uri) / "train2017" / "a photo #1%20?.jpg")._there[1] == f"{folder}/train2017/a photo #1%20?.jpg"
+    there = config.model_copy(update={"coco_dir": path_or_uri(uri)})
+    assert (path_or_uri(uri) / "train2017" / "a photo #1%20?.jpg")._there[1] == f"{folder}/train2017/a photo #1%20?.jpg"
     for workers in (0, 2):
         server.failing, server.failed = 12, 0
         report = featurize(there.model_copy(update={"workspace": tmp_path / f"by-{workers}", "workers": workers}))
@@ -233,7 +233,7 @@ def test_photos_are_read_from_a_server_that_fails_for_a_while(config, uri, serve
 
 def test_a_password_in_a_uri_is_refused():
     with pytest.raises(InputError, match="holds a password"):
-        place("s3://key:secret@bucket/coco").is_dir()
+        path_or_uri("s3://key:secret@bucket/coco").is_dir()
 
 
 @pytest.mark.parametrize("where", ["s3://no-such-bucket/coco", "nonsense://x", "s3://"])
@@ -241,4 +241,4 @@ def test_a_folder_that_cannot_be_reached_is_told(config, where, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setattr("pipelines.remote_path.PATIENCE", 0.1)
     with pytest.raises(InputError, match=re.escape(where)):
-        featurize(config.model_copy(update={"coco_dir": place(where)}))
+        featurize(config.model_copy(update={"coco_dir": path_or_uri(where)}))

@@ -31,7 +31,7 @@ from pipelines.bench.rates import (
 from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
 from pipelines.episodes.episode_shards import ensure_episodes, evaluation_plan, training_plan
 from pipelines.evaluation.evaluate import evaluate, tasks_of
-from pipelines.remote_path import Place
+from pipelines.remote_path import PathOrUri
 from pipelines.store.featurize import FeaturizeReport, featurize
 from pipelines.store.reader import FeatureStore
 from pipelines.training.run import train
@@ -239,7 +239,7 @@ def timed(work: Callable, clock: Clock) -> float:
     return clock() - started
 
 
-def some_photos(coco_dir: Place, folder: Path, most: int) -> Path:
+def some_photos(coco_dir: PathOrUri, folder: Path, most: int) -> Path:
     """A COCO folder of at most so many photos, a third of them for validation, spread over those of `coco_dir`.
 
     Raises InputError as `load_coco` does.
