@@ -1,13 +1,12 @@
 """What size costs: features in eight bits against sixteen, and a store and episodes of very many images."""
 
-import json
-import os
+import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from pycocotools import mask as rle_tools
 from la.data.coco import Annotation, Dataset, Image
 from pipelines.bench.random_store import ellipse, made_up_features
 from pipelines.bench.ratios import BenchResult, in_turn
-from pipelines.cluster import CODE
 from pipelines.config import TrainConfig
 from pipelines.episodes.episode_shards import EpisodeShards, ensure_episodes, training_plan
 from pipelines.store.reader import FeatureStore, read_info
@@ -113,46 +111,38 @@ def _dataset(split: str, ids: range, masks: list, generator: np.random.Generator
     return Dataset(split, images, {c: f"class {c}" for c in range(1, 81)}, annotations)
 
 
-_OPENING = """
-import json, resource, sys, time
-from pipelines.store.reader import FeatureStore
+def opening(path: Path) -> dict[str, float]:
+    """What opening a store takes of a process that has done nothing else."""
+    before, started, worked = _resident(), time.perf_counter(), time.process_time()
+    store = FeatureStore(path)
+    count = len(store.index)
+    waited, seconds = time.perf_counter() - started, time.process_time() - worked
+    for image_id in range(1, count + 1, max(1, count // 100)):
+        store.read(image_id)
+    opened, worked = _resident() - before, time.process_time()
+    datasets = [store.dataset(split) for split in store.info.splits]  # kept, as they count
+    figures = {"index s": seconds, "by the clock": waited, "opened MB": opened / 1e6}
+    figures |= {"annotations s": time.process_time() - worked, "with annotations MB": (_resident() - before) / 1e6}
+    del datasets
+    return figures
 
-def resident():
+
+def reading(path: Path, episodes: int) -> dict[str, float]:
+    """What reading all episodes once takes of a process."""
+    shards, started = training_episodes(path, episodes), time.perf_counter()
+    tenth = max(1, shards.manifest["episodes"] // 10)
+    seen, count = [], 0
+    for count, _ in enumerate(shards, start=1):
+        if count % tenth == 0:
+            seen.append(_resident())
+    rate = count / (time.perf_counter() - started)
+    return {"read": count, "episodes/s": rate, "grown MB": (max(seen) - seen[0]) / 1e6}
+
+
+def _resident() -> int:
+    """Bytes now: loading annotations takes more for a moment, which would hide growth from a peak."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
-
-before, started, worked = resident(), time.perf_counter(), time.process_time()
-store = FeatureStore(sys.argv[1])
-count = len(store.index)
-waited, seconds = time.perf_counter() - started, time.process_time() - worked
-for image_id in range(1, count + 1, max(1, count // 100)):
-    store.read(image_id)
-opened = resident() - before
-worked = time.process_time()
-datasets = [store.dataset(split) for split in store.info.splits]
-loaded = time.process_time() - worked
-print(json.dumps({"index s": seconds, "by the clock": waited, "opened MB": opened / 1e6, "annotations s": loaded,
-                  "with annotations MB": (resident() - before) / 1e6}))
-"""
-
-_READING = """
-import json, resource, sys, time
-from pipelines.bench.scale import training_episodes
-
-def resident():  # now: loading the annotations took more for a moment, which would hide growth from a peak
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-shards = training_episodes(sys.argv[1], int(sys.argv[2]))
-episodes, started = iter(shards), time.perf_counter()
-tenth = max(1, shards.manifest["episodes"] // 10)
-seen, count = [], 0
-for count, _ in enumerate(episodes, start=1):
-    if count % tenth == 0:
-        seen.append(resident())
-print(json.dumps({"read": count, "episodes/s": count / (time.perf_counter() - started),
-                  "grown MB": (max(seen) - seen[0]) / 1e6}))
-"""
 
 
 def bench_scale(images: int, episodes: int, folder: Path | None = None) -> Iterator[BenchResult]:
@@ -164,11 +154,13 @@ def bench_scale(images: int, episodes: int, folder: Path | None = None) -> Itera
     """
     with tempfile.TemporaryDirectory(dir=folder) as root:
         path = large_store(Path(root), images)
-        opened = _in_a_process(_OPENING, path)
-        told = {"images": images, "by the clock": opened["by the clock"]}
-        yield BenchResult("scale: seconds to load the index", opened["index s"], 2.0, "at most", told)
-        told = {name: opened[name] for name in ("annotations s", "with annotations MB")}  # once something asks for them
-        yield BenchResult("scale: MB to open the store", opened["opened MB"], 200.0, "at most", told)
+        opened = _in_a_process(opening, path)
+        details = {"images": images, "by the clock": opened["by the clock"]}
+        yield BenchResult("scale: seconds to load the index", opened["index s"], 2.0, "at most", details)
+        details = {
+            name: opened[name] for name in ("annotations s", "with annotations MB")
+        }  # once something asks for them
+        yield BenchResult("scale: MB to open the store", opened["opened MB"], 200.0, "at most", details)
 
         started, worked = time.perf_counter(), time.process_time()
         shards = training_episodes(path, episodes)
@@ -179,7 +171,7 @@ def bench_scale(images: int, episodes: int, folder: Path | None = None) -> Itera
         name = "scale: minutes to draw and write the episodes"
         yield BenchResult(name, minutes, 10.0 * episodes / 1e6, "at most", details)
 
-        read = _in_a_process(_READING, path, str(episodes))
+        read = _in_a_process(reading, path, episodes)
         if read["read"] != count:
             raise AssertionError(f"{count} episodes were written, {read['read']} read")
         details = {"episodes/s": read["episodes/s"], "episodes": count}
@@ -194,9 +186,6 @@ def training_episodes(store: Path, count: int) -> EpisodeShards:
     return ensure_episodes(plan, FeatureStore(store))
 
 
-def _in_a_process(script: str, *arguments: Path | str) -> dict[str, float]:
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    ran = subprocess.run(command, cwd=CODE, env=os.environ | {"PYTHONPATH": str(CODE)}, capture_output=True, text=True)
-    if ran.returncode:
-        raise RuntimeError(f"the process that measures failed: {ran.stderr[-2000:]}")
-    return json.loads(ran.stdout)
+def _in_a_process(measure: Callable[..., dict[str, float]], *arguments: object) -> dict[str, float]:
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        return fresh.submit(measure, *arguments).result()
