@@ -40,10 +40,18 @@ def test_folders_import_those_before_them(package, order):
         parts = path.relative_to(ROOT / package).parts
         own = parts[0] if len(parts) > 1 else ""
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
-                names = node.module.split(".")[1:]
-                other = names[0] if (ROOT / package / names[0]).is_dir() else ""
-                assert order.index(other) <= order.index(own), f"{path}: {node.module}"
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}:{node.lineno}: a relative import hides which folder it reaches"
+                modules = [f"{node.module}.{alias.name}" for alias in node.names]  # `from la import model` too
+            for module in modules:
+                top, _, rest = module.partition(".")
+                if top == package and rest:
+                    first = rest.split(".")[0]
+                    other = first if (ROOT / package / first).is_dir() else ""
+                    assert order.index(other) <= order.index(own), f"{path}:{node.lineno}: {module}"
 
 
 def test_the_model_knows_no_command_line_and_nothing_above_it():
@@ -55,3 +63,5 @@ def test_the_model_knows_no_command_line_and_nothing_above_it():
         ]
         flags = [text for text in texts if re.search(r"(?<![\w-])--[a-z]", text)]
         assert not flags, f"{path}: {flags}"
+        above = [text for text in texts if re.search(r"\bpipelines\b", text)]
+        assert not above, f"{path}: {above}"

@@ -11,7 +11,7 @@ from la.episodes.sampling import Episode, Pair
 from la.errors import InputError
 from la.evaluation.losses import focal_loss
 from la.model.attention import Attention
-from la.model.label_anything import LabelAnything, ModelConfig, build, load_state, preset, save_state
+from la.model.label_anything import LabelAnything, ModelConfig, build, load_state, preset, save_state, today_names
 from la.schedules import warmup_cosine
 
 GRID, CHANNELS = (6, 6), 24
@@ -159,7 +159,8 @@ def test_attention_without_projecting_the_map_is_exact():
 def test_a_checkpoint_of_before_the_arch_had_a_name_is_read(name):
     torch.manual_seed(0)
     small = {"two_way_ffn": 48, "block_ffn": 40} if name == "official" else {}
-    saved = save_state(build(preset(name, channels=CHANNELS, dim=32, depth=2, **small)))
+    model = build(preset(name, channels=CHANNELS, dim=32, depth=2, **small)).eval()
+    saved = save_state(model)
     config = {key: value for key, value in saved["config"].items() if key != "arch"}
     old = {}
     for key, tensor in saved["state"].items():
@@ -173,3 +174,7 @@ def test_a_checkpoint_of_before_the_arch_had_a_name_is_read(name):
     assert again.config.arch == ("paper" if name == "paper" else "released")
     assert save_state(again)["state"].keys() == saved["state"].keys()
     assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in saved["state"].items())
+    # the optimiser of a resumed run goes by the order of parameters, so that must be as it was too
+    assert list(today_names(old)) == list(again.state_dict())
+    batch = pack((MIXED,), features, mask, lambda _: (100, 200))
+    assert torch.equal(again.eval()(batch), model(batch))
