@@ -159,7 +159,7 @@ def test_without_a_hub_the_error_says_what_to_pass(monkeypatch):
         return create(*arguments, **others)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(InputError, match=r"timm wants timm/vit_tiny_patch16_224\.augreg_in21k_ft_in1k.*weights FILE"):
+    with pytest.raises(InputError, match=r"timm wants timm/vit_tiny_patch16_224\.augreg_in21k_ft_in1k.*as weights a"):
         load_backbone("vit_tiny_patch16_224", 224)
 
 

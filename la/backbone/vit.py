@@ -111,7 +111,7 @@ def load_backbone(
         except Exception as error:  # the hub client raises anything from OSError to its HTTP library's own
             raise InputError(
                 f"The weights of {name} could not be had from the model hub (timm wants {_hub_id(name)}; "
-                f"{type(error).__name__}: {error!s:.160}). Pass weights FILE, a .safetensors or .pth in timm's names."
+                f"{type(error).__name__}: {error!s:.160}). Pass as weights a .safetensors or .pth in timm's names."
             ) from error
     return Backbone(name, vit, image_size).to(device)
 
