@@ -78,15 +78,15 @@ def plan(
         from pipelines.bench.ratios import memory_gb
 
         swept = of_recipe(recipe or "small", batch_scale)  # as `sweep` takes it, whatever the preset asked for
-        found, photos_of = counted(coco_dir) if coco_dir else (COCO_PHOTOS, lambda c: images_per_step(c.batches))
-        images = images or found
+        photos, photos_of = counted(coco_dir) if coco_dir else (COCO_PHOTOS, lambda c: images_per_step(c.batches))
+        images = images or photos
         grid, channels = feature_shape(backbone, image_size)
         features = bytes_per_image(grid, channels, dtype)
         with tempfile.TemporaryDirectory(prefix="la-plan-") as name:
             folder = Path(name)
-            disk_rate = read_mb_per_second or told("reading", lambda: measure_reading(folder))
+            disk_rate = read_mb_per_second or measure_with_status("reading", lambda: measure_reading(folder))
             cluster = Cluster(disk_rate, workers, nodes, ram_gb or memory_gb())
-            rate = featurize_rate or told(
+            rate = featurize_rate or measure_with_status(
                 "the ViT",
                 lambda: measure_featurizing(folder, backbone, image_size, device=device, threads=threads),
             )
@@ -165,14 +165,14 @@ def measured_here(folder: Path, backbone: str, image_size: int, photos_of: Calla
                 device=config.device,
                 threads=config.threads,
             )
-            rates = told(f"training, {config.preset}", lambda: measure_training(base, ((1, 1), (2, 1))))
+            rates = measure_with_status(f"training, {config.preset}", lambda: measure_training(base, ((1, 1), (2, 1))))
             known[key] = rates.with_photos(photos_of(config), config.batches)
         return known[key]
 
     return rates_of
 
 
-def told(what: str, measure: Callable):
+def measure_with_status(what: str, measure: Callable):
     """What `measure` gives, with a line that says what is measured meanwhile."""
     with console.status(f"measuring {what} on this machine"):
         return measure()

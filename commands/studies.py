@@ -105,11 +105,11 @@ def add_study(study: Study) -> None:
             result = run_sweep(config, console, command=shlex.join(["python", *sys.argv]))
             finish_sweep(result, tables_of(result))
 
-    told = (
+    outline = (
         "Each variant is trained on each fold and evaluated on unseen classes. Killed and started again, the sweep "
         "goes on where it was; a variant that fails does not lose the others."
     )
-    sweep_app.command(study.name, help=f"{study.about}\n\n{told}")(command)
+    sweep_app.command(study.name, help=f"{study.about}\n\n{outline}")(command)
 
 
 for each in STUDIES.values():

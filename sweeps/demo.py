@@ -86,8 +86,8 @@ def run_demo(root: Path, console: Console, size: DemoSize | None = None) -> tupl
     mixed = {"ways": 2, "shots": 2, "prompt": "mixed", "supports": "varied"}
     pictures = [
         draw_first_episodes(
-            workspace.artifacts / name, [(la.model_copy(update=task), seed) for seed, task in enumerate(shown)]
+            workspace.artifacts / name, [(la.model_copy(update=task), seed) for seed, task in enumerate(drawn)]
         )
-        for name, shown in (("demo-episodes.png", tasks), ("demo-mixed-prompts.png", [mixed] * 3))
+        for name, drawn in (("demo-episodes.png", tasks), ("demo-mixed-prompts.png", [mixed] * 3))
     ]
     return result, pictures

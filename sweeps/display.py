@@ -63,11 +63,11 @@ class SweepDisplay:
     def finished(self, job: TrialSpec, result: FoldResult) -> None:
         first = result.scores[0] if result.scores else None
         task = task_name(first.ways, first.shots, first.prompt) if first else ""
-        told = f"mIoU {first.miou:.1f} ({task})" if first else "too few images for every task"
+        outcome = f"mIoU {first.miou:.1f} ({task})" if first else "too few images for every task"
         if not job.evaluations:
-            told = f"seen mIoU {result.training['seen_miou']:.1f}"
-            told += f", stopped early at step {result.step}" if result.stopped_early else ""
-        self._end(job, f"{told}, {result.seconds / 60:.1f} min")
+            outcome = f"seen mIoU {result.training['seen_miou']:.1f}"
+            outcome += f", stopped early at step {result.step}" if result.stopped_early else ""
+        self._end(job, f"{outcome}, {result.seconds / 60:.1f} min")
 
     def failed(self, job: TrialSpec, reason: str) -> None:
         self._end(job, f"[red]failed[/]: {escape(last_line(reason))}")

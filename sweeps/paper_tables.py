@@ -37,11 +37,11 @@ class Table:
     def rich(self) -> rich.table.Table:
         table = rich.table.Table(title=self.title, caption=Text("\n".join(self.notes)), caption_justify="left")
         # a terminal has no room for the differences
-        shown = [number for number, head in enumerate(self.heads) if head != "difference"]
-        for number in shown:
+        visible = [number for number, head in enumerate(self.heads) if head != "difference"]
+        for number in visible:
             table.add_column(self.heads[number], justify="right" if number else "left")
         for row in self.rows:
-            table.add_row(*(row[number] for number in shown))
+            table.add_row(*(row[number] for number in visible))
         return table
 
     def csv(self) -> str:
@@ -97,10 +97,10 @@ def fold_table(result: SweepResult, name: str, task: Task) -> Table:
     folds = [f"fold {fold}" for fold in config.folds]
     cells = []
     for variant in result.variants:
-        found = {fold: _score(result, variant.name, fold, task, "mask") for fold in config.folds}
+        by_fold = {fold: _score(result, variant.name, fold, task, "mask") for fold in config.folds}
         cell = [variant.title]
-        cell += [_with_interval(found[f]) if found[f] else _why_not(result, variant.name, f) for f in config.folds]
-        scores = [score for score in found.values() if score]
+        cell += [_with_interval(s) if s else _why_not(result, variant.name, f) for f, s in by_fold.items()]
+        scores = [score for score in by_fold.values() if score]
         mean = mean_of(scores)
         cell.append("-" if mean is None else f"{mean:.1f} ± {half_width(scores):.1f}")
         cells.append((*cell, *_beside(mean, paper_number(variant.paper, task, config.folds))))
@@ -115,8 +115,8 @@ def fold_table(result: SweepResult, name: str, task: Task) -> Table:
 
 def scores_of(result: SweepResult, variant: str, task: Task, prompt: str = "mask") -> list[Score]:
     """A variant's scores on one task, of the folds that are finished."""
-    found = [_score(result, variant, fold, task, prompt) for fold in result.config.folds]
-    return [score for score in found if score]
+    by_fold = [_score(result, variant, fold, task, prompt) for fold in result.config.folds]
+    return [score for score in by_fold if score]
 
 
 def mean_of(scores: Sequence[Score]) -> float | None:

@@ -61,10 +61,10 @@ def _choose(config: SweepConfig) -> tuple[Variant, ...]:
 
 
 def _job(config: SweepConfig, variant: Variant, fold: int, folder: Path) -> TrialSpec:
-    place = {"workspace": config.workspace, "store": config.store, "device": config.device, "threads": config.threads}
+    shared = {"workspace": config.workspace, "store": config.store, "device": config.device, "threads": config.threads}
     evaluations = tuple(
         EvaluateConfig(
-            **place,
+            **shared,
             method=variant.method,
             fold=fold,
             ways=ways,
@@ -81,13 +81,13 @@ def _job(config: SweepConfig, variant: Variant, fold: int, folder: Path) -> Tria
     if variant.trained:
         gallery = folder / f"{variant.name}-fold{fold}.jpg"
         evaluations = (evaluations[0].model_copy(update={"gallery": gallery}), *evaluations[1:])
-    train = _train_config(config, variant, fold, place)
+    train = _train_config(config, variant, fold, shared)
     return TrialSpec(
         variant, train if variant.trained else None, evaluations, folder / f"{variant.name}-fold{fold}.json"
     )
 
 
-def _train_config(config: SweepConfig, variant: Variant, fold: int, place: dict) -> TrainConfig:
+def _train_config(config: SweepConfig, variant: Variant, fold: int, shared: dict) -> TrainConfig:
     train = dict(config.train)
     if "recipe" in variant.overrides:  # a model of another kind, of other sizes, with settings of its own
         its_own = ("recipe", "batches", "lr", "dim", "depth")
@@ -104,7 +104,7 @@ def _train_config(config: SweepConfig, variant: Variant, fold: int, place: dict)
         overrides.pop("lr", None)
     try:
         lists = protocol_of(config.protocol).folds
-        return TrainConfig(**place, **(train | overrides), fold=fold, fold_lists=lists)
+        return TrainConfig(**shared, **(train | overrides), fold=fold, fold_lists=lists)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))

@@ -71,8 +71,8 @@ def run_sweep(
         results = {job.name: result for job in plan.jobs if (result := finished(job))}
         todo = [job for job in plan.jobs if job.name not in results]
         failed: dict[str, str] = {}
-        shown = config.model_dump(mode="json", exclude={"workspace", "train", "tracking_uri"}) | config.train
-        runs = SweepRuns(Tracker(Workspace(config.workspace), config.tracking_uri), config.study, plan, shown)
+        logged = config.model_dump(mode="json", exclude={"workspace", "train", "tracking_uri"}) | config.train
+        runs = SweepRuns(Tracker(Workspace(config.workspace), config.tracking_uri), config.study, plan, logged)
         try:
             if todo:
                 by_name = {job.name: job for job in todo}
@@ -97,7 +97,7 @@ def run_sweep(
 
 
 def run_trials(
-    place: TrialPlacement,
+    placement: TrialPlacement,
     workers: int,
     folder: Path,
     work: TrialWork,
@@ -124,7 +124,7 @@ def run_trials(
     # Of an earlier start: Tune's own state, which nothing here reads back.
     shutil.rmtree(folder / "tune", ignore_errors=True)
     with ray_session() as alone:
-        resources, concurrent = trial_resources(place, workers, alone)
+        resources, concurrent = trial_resources(placement, workers, alone)
         tuner = tune.Tuner(
             tune.with_resources(trial, tune.PlacementGroupFactory([resources])),
             param_space=None if searcher else {"trial": tune.grid_search(list(jobs))},
@@ -178,31 +178,31 @@ class _Relay(tune.Callback):
             getattr(listener, event)(self._jobs[trial.config["trial"]], *arguments)
 
 
-def trial_resources(place: TrialPlacement, workers: int, alone: bool) -> tuple[dict[str, float], int]:
+def trial_resources(placement: TrialPlacement, workers: int, alone: bool) -> tuple[dict[str, float], int]:
     """What Tune sets aside for one trial, and how many run at once, on a Ray of this machine `alone` or a cluster.
 
     Tune does not count the workers that Ray Train starts for a trial. Were CPUs set aside for the trials themselves,
     they would wait for their workers and the workers for them; so such a trial takes a byte of memory (it has to take
     something), and the number of trials keeps within the CPUs and GPUs.
     """
-    each = place.gpus
-    if each is None:
-        each = float(ray.cluster_resources().get("GPU", 0) > 0 and place.device != "cpu")
-    if workers and each not in (0, 1):
-        raise InputError(f"--gpus {each:g} with --workers {workers}: a Ray Train worker takes one whole GPU, or none.")
+    gpus = placement.gpus
+    if gpus is None:
+        gpus = float(ray.cluster_resources().get("GPU", 0) > 0 and placement.device != "cpu")
+    if workers and gpus not in (0, 1):
+        raise InputError(f"--gpus {gpus:g} with --workers {workers}: a Ray Train worker takes one whole GPU, or none.")
     processes = max(1, workers)
-    if place.device.startswith("cuda") and not each:
+    if placement.device.startswith("cuda") and not gpus:
         raise InputError("--device cuda with no GPU for a trial: pass --gpus, of which a fraction shares one.")
-    asked = f"--threads {place.threads}, --gpus {each:g}" + (f", --workers {workers}" if workers else "")
-    wait_for(asked, processes, {"CPU": place.threads, "GPU": each}, alone)
+    asked = f"--threads {placement.threads}, --gpus {gpus:g}" + (f", --workers {workers}" if workers else "")
+    wait_for(asked, processes, {"CPU": placement.threads, "GPU": gpus}, alone)
     cluster = ray.cluster_resources()
-    fit = int(cluster["CPU"] // (place.threads * processes))
-    if each:
-        fit = min(fit, int(cluster["GPU"] / (each * processes)))
-    at_once = place.concurrent or fit  # on a cluster, those that find no room wait for nodes to come
+    fit = int(cluster["CPU"] // (placement.threads * processes))
+    if gpus:
+        fit = min(fit, int(cluster["GPU"] / (gpus * processes)))
+    at_once = placement.concurrent or fit  # on a cluster, those that find no room wait for nodes to come
     if workers or alone:
         at_once = min(at_once, fit)
-    return {"memory": 1} if workers else {"CPU": place.threads, "GPU": each}, at_once
+    return {"memory": 1} if workers else {"CPU": placement.threads, "GPU": gpus}, at_once
 
 
 @contextmanager

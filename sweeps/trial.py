@@ -66,13 +66,13 @@ def run_trial(
     if earlier and (earlier.step, earlier.checkpoint) == (result.step, result.checkpoint):
         result = result.model_copy(update={"scores": earlier.scores, "seconds": earlier.seconds})
     before = result.seconds
-    every = sum(c.seeds * c.episodes for c in job.evaluations)
+    total = sum(c.seeds * c.episodes for c in job.evaluations)
     for number, config in enumerate(job.evaluations):
         if not result.score(config.ways, config.shots, config.prompt):
             config = config.model_copy(update={"checkpoint": result.checkpoint})
             offset = sum(c.seeds * c.episodes for c in job.evaluations[:number])
             try:
-                outcome = evaluate(config, _throttled(report, offset, every))
+                outcome = evaluate(config, _throttled(report, offset, total))
             except TooFewImages as error:  # the other tasks are worth having
                 task = task_name(config.ways, config.shots, config.prompt)
                 result = result.model_copy(update={"impossible": result.impossible | {task: str(error)}})
@@ -98,13 +98,13 @@ def finished(job: TrialSpec) -> FoldResult | None:
     return result if result and result.finished else None
 
 
-def _throttled(report: Report, offset: int, every: int) -> Callable[[int, int], None]:
+def _throttled(report: Report, offset: int, total: int) -> Callable[[int, int], None]:
     last = -REPORT_SECONDS
 
     def progress(done: int, _: int) -> None:
         nonlocal last
         if time.monotonic() - last >= REPORT_SECONDS:
             last = time.monotonic()
-            report({"phase": "evaluate", "done": offset + done, "of": every})
+            report({"phase": "evaluate", "done": offset + done, "of": total})
 
     return progress

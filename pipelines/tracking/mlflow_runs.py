@@ -77,26 +77,26 @@ class Tracker:
         """Id of the experiment `study`, created or brought back from the bin where need be."""
         if study not in self._experiments:
             with self._alone():
-                found = self._client.get_experiment_by_name(study)
-                if found is None:
+                experiment = self._client.get_experiment_by_name(study)
+                if experiment is None:
                     location = str(self._workspace.artifacts / study) if self._local else None
                     try:
                         self._experiments[study] = self._client.create_experiment(study, location)
                         return self._experiments[study]
                     except TrackingError:
                         # On a server, another job may have created it since.
-                        found = self._client.get_experiment_by_name(study)
-                        if found is None:
+                        experiment = self._client.get_experiment_by_name(study)
+                        if experiment is None:
                             raise
-                if found.lifecycle_stage == "deleted":
-                    self._client.restore_experiment(found.experiment_id)
-                self._experiments[study] = found.experiment_id
+                if experiment.lifecycle_stage == "deleted":
+                    self._client.restore_experiment(experiment.experiment_id)
+                self._experiments[study] = experiment.experiment_id
         return self._experiments[study]
 
     def find(self, study: str, key: str) -> "Run | None":
         """The run of that key, whatever its status."""
-        found = self._client.search_runs([self.experiment(study)], f"tags.`{KEY}` = '{key}'", max_results=1)
-        return Run(self._client, found[0].info.run_id, found[0].info.status) if found else None
+        runs = self._client.search_runs([self.experiment(study)], f"tags.`{KEY}` = '{key}'", max_results=1)
+        return Run(self._client, runs[0].info.run_id, runs[0].info.status) if runs else None
 
     def open(
         self, study: str, key: str, name: str, kind: str, params: Mapping | None = None, parent: "Run | None" = None
@@ -281,11 +281,9 @@ def _training_of(config: EvaluateConfig) -> TrainConfig | None:
         return None
     from pipelines.evaluation.methods import latest_run
 
-    place = config.checkpoint or latest_run(config, FeatureStore(Workspace(config.workspace).find_store(config.store)))
+    path = config.checkpoint or latest_run(config, FeatureStore(Workspace(config.workspace).find_store(config.store)))
     try:
-        return TrainConfig.model_validate_json(
-            ((place if place.is_dir() else place.parent) / "config.json").read_text()
-        )
+        return TrainConfig.model_validate_json(((path if path.is_dir() else path.parent) / "config.json").read_text())
     except (OSError, ValueError):
         return None
 

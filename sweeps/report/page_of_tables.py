@@ -16,9 +16,10 @@ from pipelines.workspace import Workspace, write_text
 from sweeps.paper_tables import Table, scores_of
 from sweeps.plan import plan_sweep
 from sweeps.report import plots
-from sweeps.results import SweepResult, read_result
+from sweeps.results import SweepResult
 from sweeps.studies.registry import STUDIES, tables_of
 from sweeps.study import Study, task_title
+from sweeps.trial import finished
 
 GAPS = ("not run", "failed")
 
@@ -49,8 +50,8 @@ def write_report(root: Path, out: Path) -> Path:
     stores = sorted(path.parent for path in workspace.features.glob("*/store.json"))
     if not stores:
         workspace.find_store()  # says what to do
-    found = _sweeps(workspace)
-    sections = [_section(workspace, study, found.get(name, [])) for name, study in STUDIES.items()]
+    sweeps = _sweeps(workspace)
+    sections = [_section(workspace, study, sweeps.get(name, [])) for name, study in STUDIES.items()]
     environment = Environment(loader=PackageLoader("sweeps.report", "."), autoescape=select_autoescape(["html"]))
     text = environment.get_template("report.html").render(
         sections=sections,
@@ -64,17 +65,18 @@ def write_report(root: Path, out: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A sweep on disk."""
+class _SweepOnDisk:
+    """The result of a sweep, and the command line that ran it where it is known."""
 
     result: SweepResult
     command: str | None
 
 
-def _sweeps(workspace: Workspace) -> dict[str, list[_Found]]:
+def _sweeps(workspace: Workspace) -> dict[str, list[_SweepOnDisk]]:
     """study -> its sweeps, the one started last first; those whose features are gone are left out."""
-    found: dict[str, list[tuple[float, _Found]]] = {}
-    for file in (workspace.runs / "sweeps").glob("*/sweep.json"):
+    by_study: dict[str, list[_SweepOnDisk]] = {}
+    files = (workspace.runs / "sweeps").glob("*/sweep.json")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
             content = json.loads(file.read_text())
             config = SweepConfig.model_validate(content["config"])
@@ -83,13 +85,13 @@ def _sweeps(workspace: Workspace) -> dict[str, list[_Found]]:
         if config.study not in STUDIES or not (workspace.features / str(config.store) / "store.json").exists():
             continue
         plan = plan_sweep(config.model_copy(update={"workspace": workspace.root}))
-        results = {job.name: one for job in plan.jobs if (one := read_result(job.file)) and one.finished}
+        results = {job.name: trial for job in plan.jobs if (trial := finished(job))}
         result = SweepResult(config, file.parent.name, file.parent, plan.variants, results, {}, False)
-        found.setdefault(config.study, []).append((file.stat().st_mtime, _Found(result, content["command"])))
-    return {study: [one for _, one in sorted(sweeps, key=lambda item: -item[0])] for study, sweeps in found.items()}
+        by_study.setdefault(config.study, []).append(_SweepOnDisk(result, content["command"]))
+    return by_study
 
 
-def _section(workspace: Workspace, study: Study, sweeps: list[_Found]) -> Section:
+def _section(workspace: Workspace, study: Study, sweeps: list[_SweepOnDisk]) -> Section:
     command = f"python cli.py sweep {study.name} --workspace {workspace.root}"
     if not sweeps:
         config = SweepConfig(
@@ -98,13 +100,13 @@ def _section(workspace: Workspace, study: Study, sweeps: list[_Found]) -> Sectio
         config = config.model_copy(update={"prompts": study.prompts})
         empty = SweepResult(config, "", Path(), study.variants, {}, {}, False)
         return Section(study, empty, command, tables_of(empty), [], [], {})
-    shown, *others = sweeps
-    result = shown.result
+    latest, *others = sweeps
+    result = latest.result
     settings = _settings(result)
     if others:
-        settings["other sweeps"] = ", ".join(str(one.result.folder) for one in others)
+        settings["other sweeps"] = ", ".join(str(sweep.result.folder) for sweep in others)
     tables, drawn, gallery = tables_of(result), _plots(study, result), _gallery(result)
-    return Section(study, result, shown.command or command, tables, drawn, gallery, settings)
+    return Section(study, result, latest.command or command, tables, drawn, gallery, settings)
 
 
 def _plots(study: Study, result: SweepResult) -> list[Markup]:
@@ -115,13 +117,13 @@ def _plots(study: Study, result: SweepResult) -> list[Markup]:
             for v in result.variants
         }
         drawn.append(plots.lines(lines, "ways", "mIoU in %"))
-    curves = {name: read_curve(one.run_dir) for name, one in result.results.items() if one.run_dir}
+    curves = {name: read_curve(trial.run_dir) for name, trial in result.results.items() if trial.run_dir}
     if any(curves.values()):
         drawn.append(plots.curves(curves))
     per_class = {
-        name.split("/")[0]: one.scores[0].per_class
-        for name, one in result.results.items()
-        if one.fold == result.config.folds[0] and one.scores
+        name.split("/")[0]: trial.scores[0].per_class
+        for name, trial in result.results.items()
+        if trial.fold == result.config.folds[0] and trial.scores
     }
     if per_class:
         task = task_title(result.config.ways[0], result.config.shots[0])
@@ -141,7 +143,7 @@ def _gallery(result: SweepResult) -> list[tuple[str, str]]:
 
 def _settings(result: SweepResult) -> dict[str, str]:
     config = result.config
-    digests = sorted({one.episodes_digest for one in result.results.values()})
+    digests = sorted({trial.episodes_digest for trial in result.results.values()})
     return {
         "sweep": result.name,
         "trials": f"{len(result.results)} of {len(result.variants) * len(config.folds)} finished",
@@ -159,14 +161,14 @@ def _profile(workspace: Workspace) -> dict | None:
     if not file.exists():
         return None
     content = json.loads(file.read_text())
-    shown = {"method": "method", "shots": "shots", "seconds": "seconds"}
-    shown |= {"with_episode_mb": "peak MB", "beyond_mb": "MB beyond the episode's features or photos"}
+    titles = {"method": "method", "shots": "shots", "seconds": "seconds"}
+    titles |= {"with_episode_mb": "peak MB", "beyond_mb": "MB beyond the episode's features or photos"}
     rows = [
-        {"from": "photos" if row["backbone"] else "features"} | {title: row[key] for key, title in shown.items()}
+        {"from": "photos" if row["backbone"] else "features"} | {title: row[key] for key, title in titles.items()}
         for row in content["rows"]
     ]
-    told = [*content["summary"], *dict.fromkeys(row["note"] for row in content["rows"] if row["note"])]
+    notes = [*content["summary"], *dict.fromkeys(row["note"] for row in content["rows"] if row["note"])]
     paper = {(method, int(k)): pair for method, of in content["paper"].items() for k, pair in of.items()}
     for row in rows:
         row["paper GB"], row["paper s"] = paper.get((row["method"], row["shots"]), (None, None))
-    return {"rows": rows, "told": told, "plots": plots.profile(content["rows"])}
+    return {"rows": rows, "notes": notes, "plots": plots.profile(content["rows"])}

@@ -42,9 +42,9 @@ def curves(runs: Mapping[str, Sequence[Mapping]]) -> Markup:
     figure = Figure(figsize=(7, 3), layout="constrained")
     for axes, key, label in zip(figure.subplots(1, 2), ("loss", "seen_miou"), ("loss", "mIoU, seen, %"), strict=True):
         for name, points in runs.items():
-            shown = [(p["step"], p[key]) for p in points if p.get(key) is not None]
-            if shown:
-                axes.plot(*zip(*shown, strict=True), label=name, linewidth=1, marker=".", markersize=3)
+            line = [(p["step"], p[key]) for p in points if p.get(key) is not None]
+            if line:
+                axes.plot(*zip(*line, strict=True), label=name, linewidth=1, marker=".", markersize=3)
         axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
         if axes.lines and key == "loss":

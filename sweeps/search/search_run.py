@@ -46,8 +46,8 @@ class SearchResult:
     @property
     def ranked(self) -> list[str]:
         """Trials by seen mIoU, the best first, those stopped early last: they were not trained to their end."""
-        found = self.results
-        return sorted(found, key=lambda name: (found[name].stopped_early, -found[name].training["seen_miou"], name))
+        ended = self.results
+        return sorted(ended, key=lambda name: (ended[name].stopped_early, -ended[name].training["seen_miou"], name))
 
     @property
     def best_command(self) -> str | None:
@@ -64,8 +64,8 @@ class SearchResult:
             "#: number of the trial; *: stopped early; decay: of weights; size: D x depth; prompts: mask, point, box",
         ]
         if self.importance:
-            told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in self.importance.items())
-            notes.append(f"what told the better trials from the others at the first validation: {told}")
+            shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in self.importance.items())
+            notes.append(f"what told the better trials from the others at the first validation: {shares}")
         rows = tuple(self._row(name) for name in self.ranked)
         title = f"Search: {len(rows)} trials on fold {self.config.fold}"
         return [Table("search", title, columns, rows, tuple(notes))]
@@ -99,8 +99,8 @@ def run_search(
         write_text(search.folder / "search.json", json.dumps(content, indent=1))
         waiting = search.take_up()
         done = len(search.jobs) - len(waiting)
-        shown = search.config.model_dump(mode="json", exclude={"workspace", "tracking_uri"})
-        runs = SweepRuns(Tracker(Workspace(config.workspace), config.tracking_uri), STUDY, search, shown)
+        logged = search.config.model_dump(mode="json", exclude={"workspace", "tracking_uri"})
+        runs = SweepRuns(Tracker(Workspace(config.workspace), config.tracking_uri), STUDY, search, logged)
         failed: dict[str, str] = {}
         try:
             if done < config.trials:
