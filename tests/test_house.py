@@ -30,9 +30,12 @@ def import_graph(paths: list[Path]) -> dict[str, set[str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                below = {f"{node.module}.{alias.name}" for alias in node.names}
-                imported |= below & names or {node.module}
+            elif isinstance(node, ast.ImportFrom):
+                package = path.parent.relative_to(ROOT).parts
+                above = package[: len(package) - node.level + 1] if node.level else ()  # of `from .. import`
+                source = ".".join((*above, *filter(None, [node.module])))
+                below = {f"{source}.{alias.name}" for alias in node.names}
+                imported |= below if below <= names else below | {source}
         graph[name_of(path)] = imported & names
     return graph
 
@@ -86,6 +89,29 @@ def test_the_product_keeps_to_its_lines():
 def test_no_folder_is_full_and_no_file_name_stands_twice():
     assert max(modules_by_folder().values()) <= MODULES_IN_A_FOLDER
     assert not names_that_stand_twice()
+
+
+def test_every_form_of_import_is_in_the_graph(tmp_path, monkeypatch):
+    monkeypatch.setattr("test_house.ROOT", tmp_path)
+    (tmp_path / "rooms" / "inner").mkdir(parents=True)
+    modules = {
+        "rooms/__init__.py": "",
+        "rooms/a.py": "from rooms import b",
+        "rooms/b.py": "from rooms import a, NUMBER",
+        "rooms/c.py": "from . import a\ndef late():\n    from .b import x",
+        "rooms/inner/d.py": "import rooms.a\nfrom ..c import late\nimport os",
+        "rooms/inner/__init__.py": "if TYPE_CHECKING:\n    from rooms.b import x\n    from .d import y",
+    }
+    for file, text in modules.items():
+        (tmp_path / file).write_text(text)
+    assert import_graph([tmp_path / file for file in modules]) == {
+        "rooms": set(),
+        "rooms.a": {"rooms.b"},
+        "rooms.b": {"rooms.a", "rooms"},
+        "rooms.c": {"rooms.a", "rooms.b"},
+        "rooms.inner.d": {"rooms.a", "rooms.c"},
+        "rooms.inner": {"rooms.b", "rooms.inner.d"},
+    }
 
 
 def test_a_circle_is_found_where_there_is_one():
