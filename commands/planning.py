@@ -173,7 +173,7 @@ def measured_here(folder: Path, backbone: str, image_size: int, photos_of: Calla
 
 
 def measure_with_status(what: str, measure: Callable):
-    """What `measure` gives, with a line that says what is measured meanwhile."""
+    """Return what `measure` returns; until then, the terminal says what is being measured."""
     with console.status(f"measuring {what} on this machine"):
         return measure()
 

@@ -49,7 +49,7 @@ class FoldResult(Settings):
 
     @property
     def episodes_digest(self) -> str:
-        """Of all evaluations together: equal for every variant that was judged on the same episodes."""
+        """A digest of all evaluations' episodes: variants with the same one were judged on the same episodes."""
         return digest([s.episodes_digest for s in self.scores])
 
 

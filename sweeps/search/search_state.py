@@ -68,7 +68,7 @@ class Search:
 
     @cached_property
     def study(self) -> optuna.Study:
-        """Optuna's, from the journal, which is made where there is none."""
+        """Optuna's study, read from the journal file, which is created if it is missing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(self.folder / "journal.log"))),

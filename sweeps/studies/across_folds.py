@@ -25,7 +25,7 @@ BASELINES = (
 
 
 def fold_tables(result: SweepResult) -> list[Table]:
-    """Of each task one table, 1-way those of table 1, with more ways those of table 3."""
+    """One table for each task: as in the paper's table 1 for 1-way tasks, as in its table 3 for more ways."""
     config = result.config
     return [
         fold_table(result, f"table{1 if ways == 1 else 3}-{ways}way-{shots}shot", (ways, shots))
