@@ -9,9 +9,9 @@ from pathlib import Path
 
 import typer
 
-from commands import bench, data, models, planning, prediction, serving, studies
+from commands import bench, data, models, planning, prediction, studies
 
-PARTS = (data, models, studies, planning, prediction, serving)
+PARTS = (data, models, studies, planning, prediction)
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
 for part in PARTS:
     app.add_typer(part.app)

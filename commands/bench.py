@@ -11,258 +11,215 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from commands.options import (
-    WORKSPACE,
-    BackboneOption,
-    BatchScaleOption,
-    CocoOption,
-    DeviceOption,
-    FoldOption,
-    PhotosOption,
-    RepeatsOption,
-    ShotsOption,
-    SizeOption,
-    StoreOption,
-    ThreadsOption,
-    WaysOption,
-    WeightsOption,
-    WorkspaceOption,
-    console,
-    mistakes,
-    of_recipe,
-)
+from commands.options import console, say, verb
 from la.errors import InputError
+from pipelines.config import BackboneSettings, DeviceSettings, PathOrUri, Settings, StoreSettings, TrainConfig, setting
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
+PRESET = "paper, official, hybrid or debug."
+RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Pairs of passes; the median counts.")]
+PhotosOption = Annotated[int, typer.Option("--photos", min=8, help="Photos of each pass.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Torch threads of each process.")]
 
 
-@app.command("featurize")
-def bench_featurize(
-    coco_dir: CocoOption,
-    backbone: BackboneOption = "vit_base_patch16_224.mae",
-    weights: WeightsOption = None,
-    image_size: SizeOption = 480,
-    images: Annotated[int, typer.Option(min=8, help="Photos of each pass.")] = 32,
-    repeats: RepeatsOption = 3,
-) -> None:
+class PhotoSettings(BackboneSettings):
+    """Photos and the ViT they go through."""
+
+    coco_dir: PathOrUri = setting(..., "Folder or URI with annotations/, train2017/ and val2017/.")
+
+
+class AllSettings(StoreSettings):
+    """What all measurements take."""
+
+    coco_dir: PathOrUri | None = setting(None, "Folder or URI of the store's photos; adds featurizing.")
+    weights: Path | None = setting(None, "Local weights in timm's names; not given: timm's own, from its hub.")
+    out: Path | None = setting(None, "JSON file; not given: artifacts/bench.json in the workspace.")
+
+
+class ViTSettings(Settings):
+    """The backbone that a query goes through."""
+
+    backbone: str = setting("vit_small_patch14_dinov2", "Any plain ViT of timm.")
+    image_size: int = setting(420, "Side in pixels that photos are resized to.", ge=1)
+
+
+@verb(app, PhotoSettings, name="featurize")
+def bench_featurize(config: PhotoSettings, photos: PhotosOption = 32, repeats: RepeatsOption = 3) -> None:
     """The whole of featurizing against calling the bare backbone on decoded photos."""
-    with mistakes():
-        from pipelines.bench.ratios import bench_featurize as run
+    from pipelines.bench.ratios import bench_featurize as run
 
-        show([run(coco_dir, backbone, weights, image_size, images=images, repeats=repeats)])
+    show([run(config.coco_dir, config.backbone, config.weights, config.image_size, images=photos, repeats=repeats)])
 
 
-@app.command("store")
-def bench_store(
-    images: Annotated[int, typer.Option(min=8, help="Photos of each pass.")] = 300,
-    repeats: RepeatsOption = 5,
-    workspace: WorkspaceOption = WORKSPACE,
-    store: StoreOption = None,
-) -> None:
+@verb(app, StoreSettings, name="store")
+def bench_store(config: StoreSettings, photos: PhotosOption = 300, repeats: RepeatsOption = 5) -> None:
     """Reading a photo's features at random against copying them from a raw memory map."""
-    with mistakes():
-        from pipelines.bench.ratios import bench_store as run
-        from pipelines.bench.scale import bench_int8, int8_beside
-        from pipelines.store.convert import plain_store
-        from pipelines.workspace import Workspace
+    from pipelines.bench.ratios import bench_store as run
+    from pipelines.bench.scale import bench_int8, int8_beside
+    from pipelines.store.convert import plain_store
+    from pipelines.workspace import Workspace
 
-        path = plain_store(Workspace(workspace), store)
-        results = [run(path, images=images, repeats=repeats)]
-        if small := int8_beside(path):
-            results += bench_int8(path, small, images=images, repeats=repeats)
-        show(results)
+    path = plain_store(Workspace(config.workspace), config.store)
+    results = [run(path, images=photos, repeats=repeats)]
+    if small := int8_beside(path):
+        results += bench_int8(path, small, images=photos, repeats=repeats)
+    show(results)
 
 
-@app.command("episodes")
+@verb(app, StoreSettings, name="episodes")
 def bench_episodes(
-    fold: FoldOption = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="Passes; the median counts.")] = 5,
-    workspace: WorkspaceOption = WORKSPACE,
-    store: StoreOption = None,
+    config: StoreSettings, fold: Annotated[int, typer.Option(help="COCO-20i fold.")] = 0, repeats: RepeatsOption = 5
 ) -> None:
     """Episodes drawn a second on one core, training (the mix of B, N, K) and testing."""
-    with mistakes():
-        from pipelines.bench.ratios import bench_episodes as run
-        from pipelines.workspace import Workspace
+    from pipelines.bench.ratios import bench_episodes as run
 
-        show([run(Workspace(workspace).find_store(store), fold, repeats=repeats)])
+    show([run(store_of(config), fold, repeats=repeats)])
 
 
-@app.command("model")
+@verb(app, StoreSettings, name="model")
 def bench_model(
-    preset: Annotated[str, typer.Option(help="paper, official or debug.")] = "official",
+    config: StoreSettings,
+    preset: Annotated[str, typer.Option(help=PRESET)] = "official",
     repeats: RepeatsOption = 5,
     threads: ThreadsOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    store: StoreOption = None,
 ) -> None:
     """Annotated pairs packed against the dense grid of supports and classes; the memory of 1 and of 20 shots."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks of its set-up otherwise
-    with mistakes():
-        import torch
+    from pipelines.bench.model_speed import bench_model as run
 
-        from pipelines.bench.model_speed import bench_model as run
-        from pipelines.workspace import Workspace
-
-        if threads:
-            torch.set_num_threads(threads)
-        show(run(Workspace(workspace).find_store(store), preset, repeats))
+    with_threads(threads)
+    show(run(store_of(config), preset, repeats))
 
 
-@app.command("evaluate")
+@verb(app, StoreSettings, name="evaluate")
 def bench_evaluate(
-    preset: Annotated[str, typer.Option(help="paper, official, hybrid or debug.")] = "paper",
-    count: Annotated[int, typer.Option("--episodes", min=1, help="1-way 1-shot episodes.")] = 1000,
+    config: StoreSettings,
+    preset: Annotated[str, typer.Option(help=PRESET)] = "paper",
+    episodes: Annotated[int, typer.Option(min=1, help="1-way 1-shot episodes.")] = 1000,
     repeats: RepeatsOption = 1,
     threads: ThreadsOption = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    store: StoreOption = None,
 ) -> None:
     """Evaluation against one episode at a time through the same model."""
-    with mistakes():
-        import torch
+    from pipelines.bench.ratios import bench_evaluate as run
 
-        from pipelines.bench.ratios import bench_evaluate as run
-        from pipelines.workspace import Workspace
-
-        if threads:
-            torch.set_num_threads(threads)
-        show([run(Workspace(workspace).find_store(store), preset, count, repeats)])
+    with_threads(threads)
+    show([run(store_of(config), preset, episodes, repeats)])
 
 
-@app.command("training")
+@verb(app, StoreSettings, name="training")
 def bench_training(
-    preset: Annotated[str, typer.Option(help="paper, official, hybrid or debug.")] = "paper",
-    batch_scale: BatchScaleOption = 1.0,
+    config: StoreSettings,
+    preset: Annotated[str, typer.Option(help=PRESET)] = "paper",
+    batch_scale: Annotated[float, typer.Option(min=0.01, help="Times B in the recipe's (B, N, K).")] = 1.0,
     steps: Annotated[int, typer.Option(min=10, help="Steps of each training that count, after 20 that do not.")] = 30,
     repeats: RepeatsOption = 3,
-    device: DeviceOption = "auto",
-    workspace: WorkspaceOption = WORKSPACE,
-    store: StoreOption = None,
+    device: Annotated[str, typer.Option(help=DeviceSettings.model_fields["device"].description)] = "auto",
 ) -> None:
     """Ray Train with one worker against the same loop without Ray, and two workers against one, once they run."""
-    with mistakes():
-        from pipelines.bench.training_speed import bench_training as run
-        from pipelines.config import default_recipe
+    from pipelines.bench.training_speed import bench_training as run
 
-        batches = of_recipe(default_recipe(preset), batch_scale)["batches"]
-        show(run(workspace.absolute(), preset, batches, steps, repeats, store, device))
+    batches = TrainConfig(preset=preset, batch_scale=batch_scale).batches
+    show(run(config.workspace, preset, batches, steps, repeats, config.store, device))
 
 
-@app.command("scale")
-def bench_scale(
-    images: Annotated[int, typer.Option(min=1000, help="Of the made-up store.")] = 100_000,
-    count: Annotated[int, typer.Option("--episodes", min=1000, help="Drawn, written and read.")] = 1_000_000,
-) -> None:
-    """A made-up store of very many images and its episodes: seconds and memory against their bars."""
-    with mistakes():
-        from pipelines.bench.scale import bench_scale as run
-
-        show(run(images, count))
-
-
-@app.command("predict")
+@verb(app, ViTSettings, name="predict")
 def bench_predict(
-    preset: Annotated[str, typer.Option(help="paper, official, hybrid, or several with commas.")] = (
-        "paper,official,hybrid"
-    ),
-    backbone: BackboneOption = "vit_small_patch14_dinov2",
-    image_size: SizeOption = 420,
-    ways: WaysOption = 1,
-    shots: ShotsOption = 1,
+    config: ViTSettings,
+    presets: Annotated[str, typer.Option(help="Some of paper, official, hybrid.")] = "paper,official,hybrid",
+    ways: Annotated[int, typer.Option(min=1, help="Classes of an episode.")] = 1,
+    shots: Annotated[int, typer.Option(min=1, help="Support images of each class.")] = 1,
     repeats: RepeatsOption = 5,
     threads: ThreadsOption = None,
 ) -> None:
     """One query against classes that are known already: the heads against the backbone."""
-    with mistakes():
-        import torch
+    from pipelines.bench.query_latency import bench_predict as run
 
-        from pipelines.bench.query_latency import bench_predict as run
-
-        if threads:
-            torch.set_num_threads(threads)
-        show(run(tuple(preset.split(",")), backbone, image_size, ways, shots, repeats))
+    with_threads(threads)
+    show(run(tuple(presets.split(",")), config.backbone, config.image_size, ways, shots, repeats))
 
 
-@app.command("sweep")
+@verb(app, StoreSettings, name="sweep")
 def bench_sweep(
+    config: StoreSettings,
     trials: Annotated[int, typer.Option(min=4, help="Made-up trials, which sleep; a multiple of 4.")] = 8,
-    workspace: WorkspaceOption = WORKSPACE,
-    store: StoreOption = None,
 ) -> None:
     """What a trial of a sweep costs beyond its own work, through Ray Tune and MLflow, after the first."""
-    with mistakes():
-        from pipelines.workspace import Workspace
-        from sweeps.trial_overhead import bench_sweep as run
+    from sweeps.trial_overhead import bench_sweep as run
 
-        show([run(Workspace(workspace).find_store(store), trials)])
+    show([run(store_of(config), trials)])
 
 
-@app.command("all")
-def bench_all(
-    coco_dir: PhotosOption = None,
-    weights: WeightsOption = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file; default: artifacts/bench.json in the workspace.")] = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    store: StoreOption = None,
-) -> None:
-    """Every measurement but `scale` in one table, with the machine: a quarter of an hour. A JSON file keeps it.
+@verb(app, AllSettings, name="all")
+def bench_all(config: AllSettings) -> None:
+    """Every measurement in one table, with the machine: a quarter of an hour. A JSON file keeps it.
 
     --coco-dir, the photos of the store, adds featurizing; an int8 store in the workspace adds reading that.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    with mistakes():
-        from pipelines.bench import model_speed, query_latency, ratios, scale, training_speed
-        from pipelines.store.reader import FeatureStore
-        from pipelines.workspace import Workspace, write_text
-        from sweeps.trial_overhead import bench_sweep
+    from pipelines.bench import model_speed, query_latency, ratios, scale, training_speed
+    from pipelines.store.reader import FeatureStore
+    from pipelines.workspace import write_text
+    from sweeps.trial_overhead import bench_sweep
 
-        root = Workspace(workspace)
-        path = root.find_store(store)
-        info = FeatureStore(path).info
-        vit, size = info.backbone, info.image_size
-        batches = of_recipe("small", 1.0)["batches"]
-        runs = {
-            "store": lambda: [ratios.bench_store(path)],
-            "episodes": lambda: [ratios.bench_episodes(path)],
-            "model": lambda: model_speed.bench_model(path),
-            "evaluate": lambda: [ratios.bench_evaluate(path)],
-            "training": lambda: training_speed.bench_training(root.root, batches=batches, store=path.name),
-            "sweep": lambda: [bench_sweep(path)],
-            "predict": lambda: query_latency.bench_predict(backbone=vit, image_size=size),
-        }
-        if small := scale.int8_beside(path):
-            runs["int8"] = lambda: scale.bench_int8(path, small)
-        if coco_dir:
-            runs = {"featurize": lambda: [ratios.bench_featurize(coco_dir, vit, weights, size)]} | runs
-        about = ratios.machine()
-        table = Table("measurement", "ratio", "bar", "", title="Speed, each ratio measured in one run")
-        kept: dict[str, list] = {}
-        for name, run in runs.items():
-            with console.status(name):
-                try:
-                    results = list(run())
-                except InputError as error:  # the others are worth having
-                    table.add_row(name, "-", "-", f"not run: {error}")
-                    continue
-            kept[name] = [asdict(result) | {"passed": result.passed} for result in results]
-            for result in results:
-                verdict = "passed" if result.passed else "FAILED"
-                table.add_row(result.name, f"{result.ratio:.3f}", f"{result.sense} {result.bar:g}", verdict)
-        console.print(table)
-        console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
-        file = out or root.artifacts / "bench.json"
-        write_text(file, json.dumps({"machine": about, "at": time.strftime("%FT%T%z"), "results": kept}, indent=1))
-        console.print(f"figures: {file}", highlight=False, soft_wrap=True)
-        if not all(result["passed"] for results in kept.values() for result in results):
-            raise typer.Exit(1)
+    path, photos = store_of(config), config.coco_dir
+    info = FeatureStore(path).info
+    vit, size = info.backbone, info.image_size
+    small, batches = scale.int8_beside(path), TrainConfig().batches
+    runs = {
+        "featurize": photos and (lambda: [ratios.bench_featurize(photos, vit, config.weights, size)]),
+        "store": lambda: [ratios.bench_store(path)],
+        "episodes": lambda: [ratios.bench_episodes(path)],
+        "model": lambda: model_speed.bench_model(path),
+        "evaluate": lambda: [ratios.bench_evaluate(path)],
+        "training": lambda: training_speed.bench_training(config.workspace, batches=batches, store=path.name),
+        "sweep": lambda: [bench_sweep(path)],
+        "predict": lambda: query_latency.bench_predict(backbone=vit, image_size=size),
+        "int8": small and (lambda: scale.bench_int8(path, small)),
+    }
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks of its set-up otherwise
+    about = ratios.machine()
+    table = Table("measurement", "ratio", "bar", "", title="Speed, each ratio measured in one run")
+    kept: dict[str, list] = {}
+    for name, run in runs.items():
+        if not run:
+            continue
+        say(f"{time.strftime('%T')} {name}")
+        try:
+            results = list(run())
+        except InputError as error:  # the others are worth having
+            table.add_row(name, "-", "-", f"not run: {error}")
+            continue
+        kept[name] = [asdict(result) | {"passed": result.passed} for result in results]
+        for result in results:
+            verdict = "passed" if result.passed else "FAILED"
+            table.add_row(result.name, f"{result.ratio:.3f}", f"{result.sense} {result.bar:g}", verdict)
+    console.print(table)
+    file = config.out or config.workspace / "artifacts" / "bench.json"
+    write_text(file, json.dumps({"machine": about, "at": time.strftime("%FT%T%z"), "results": kept}, indent=1))
+    say(", ".join(f"{key} {value}" for key, value in about.items()), f"figures: {file}")
+    if not all(result["passed"] for results in kept.values() for result in results):
+        raise typer.Exit(1)
+
+
+def store_of(config: StoreSettings) -> Path:
+    """The folder of the feature store."""
+    from pipelines.workspace import Workspace
+
+    return Workspace(config.workspace).find_store(config.store)
+
+
+def with_threads(threads: int | None) -> None:
+    """Torch threads of this process, where they were given."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def show(results: Iterable) -> None:
     """Print measurements as they come; exit code 1 where one misses its bar."""
     passed = True
     for result in results:
-        console.print(str(result), highlight=False, markup=False)
+        say(str(result))
         passed &= result.passed
     if not passed:
         raise typer.Exit(1)

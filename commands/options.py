@@ -1,26 +1,27 @@
-"""What the verbs share: options, the console, and how mistakes are told."""
+"""From typed settings to the options of a verb, from experiment files to settings; and how mistakes are told."""
 
+import inspect
 import os
+import tomllib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, get_args
 
+import annotated_types
+import tomli_w
 import typer
 from pydantic import ValidationError
+from pydantic_core import PydanticUndefined
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from la.errors import InputError
-from pipelines.remote_path import path_or_uri
+from pipelines.config import RECIPES, Settings, TrainConfig, closest, entry_type, fields_of, panel_of, plain_type
+from pipelines.remote_path import RemotePath, path_or_uri
 from pipelines.training.stop import Stopped
 
 console = Console()
-
-WORKSPACE = Path("workspace")
-WorkspaceOption = Annotated[
-    Path, typer.Option("--workspace", envvar="LA_WORKSPACE", help="Folder of everything a study makes.")
-]
-StoreOption = Annotated[str | None, typer.Option("--store", help="Key of the feature store, if there are several.")]
 
 
 def _join(address: str | None) -> str | None:
@@ -35,80 +36,179 @@ AddressOption = Annotated[
     typer.Option(
         "--address",
         callback=_join,
+        rich_help_panel="Where",
         help="Ray cluster: auto, host:port, ray://host:10001, or local for a Ray of this job's own (the default; "
         "RAY_ADDRESS says it as well).",
     ),
 ]
-FoldOption = Annotated[int, typer.Option("--fold", help="COCO-20i fold, 0 to 3; its 20 classes stay unseen.")]
-FoldsOption = Annotated[str, typer.Option("--folds", help="COCO-20i folds, such as 0 or 0,1,2,3.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1; auto takes CUDA if there.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Torch threads of each process.")]
-RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Pairs of passes; the median counts.")]
-AlsoOption = Annotated[
-    list[Path] | None,
-    typer.Option(help="Workspace of another folder, featurized alike, to train on as well; may be given repeatedly."),
-]
-WaysOption = Annotated[int, typer.Option("--ways", min=1, help="Classes of an episode.")]
-ShotsOption = Annotated[int, typer.Option("--shots", min=1, help="Support images of each class.")]
-SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Sets of episodes; mean and std are over them.")]
-EpisodesOption = Annotated[int, typer.Option("--episodes", min=1, help="Episodes of each seed.")]
-PhotosOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--coco-dir", parser=path_or_uri, metavar="DIR", help="Where the photos are: a folder, or the URI of one."
+FILE_OPTIONS = {
+    "config_file": (
+        Path | None,
+        typer.Option(
+            "--config", metavar="FILE", help="Settings in TOML, as --print-config prints; options win over it."
+        ),
     ),
-]
-CocoOption = Annotated[
-    Path,
-    typer.Option(
-        "--coco-dir", parser=path_or_uri, metavar="DIR", help="Folder or URI with annotations/, train2017/, val2017/."
+    "assigned": (
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any setting of training; may be given repeatedly."),
     ),
-]
-BackboneOption = Annotated[str, typer.Option("--backbone", help="Any ViT of timm.")]
-WeightsOption = Annotated[
-    Path | None, typer.Option("--weights", help="Local weights in timm's names; default: timm's hub.")
-]
-SizeOption = Annotated[int, typer.Option("--image-size", help="Side in pixels that photos are resized to.")]
-BatchScaleOption = Annotated[
-    float,
-    typer.Option("--batch-scale", min=0.01, help="Times B in the recipe's (B, N, K); 0.5 halves memory and time."),
-]
-RecipeOption = Annotated[
-    Literal["small", "paper", "official", "hybrid"] | None,
-    typer.Option(
-        help="Training settings that belong together: for a few hundred photos (the default; of the hybrid preset, its "
-        "own), the paper's, the released."
-    ),
-]
-LrOption = Annotated[float | None, typer.Option(help="Learning rate after warm-up; default: the recipe's.")]
-PromptOption = Annotated[
-    Literal["mask", "point", "box", "point_box", "mixed"],
-    typer.Option(help="Prompts on the supports; mixed: each instance a mask, points or a box."),
-]
-ProtocolOption = Annotated[
-    Literal["la", "hsnet", "pfenet", "panet", "large"],
-    typer.Option(help="How episodes are drawn and scored; numbers compare within one."),
-]
-ProtocolSeedsOption = Annotated[
-    int | None, typer.Option("--seeds", min=1, help="Sets of episodes; default: the protocol's.")
-]
-ProtocolEpisodesOption = Annotated[
-    int | None, typer.Option("--episodes", min=1, help="Of each seed; default: the protocol's.")
-]
-SupportsOption = Annotated[
-    Literal["fixed", "varied"],
-    typer.Option(help="K shots of every class, or 1 to K, where a photo of several classes counts for each."),
-]
+    "print_config": (bool, typer.Option("--print-config", help="Print all settings as a file for --config, and end.")),
+}
+
+
+def verb(
+    app: typer.Typer,
+    settings: type[Settings],
+    *,
+    name: str | None = None,
+    about: str | None = None,
+    without: Collection[str] = (),
+    defaults: Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None,
+    training: Collection[str] = (),
+    from_file: bool = False,
+    goes_on: bool = False,
+) -> Callable:
+    """Register a function as a verb; its options are the fields of `settings`, then its own parameters.
+
+    It is called with the settings that were given and its own options. `without`: fields that are no options;
+    `defaults`: for this verb, where they differ from the settings' own, or what gives them, called with the verb's own
+    options; `training`: fields of TrainConfig that are
+    options as well, for the settings' field `train`; `from_file`: with --config, --set and --print-config; `goes_on`:
+    once stopped, the same command goes on.
+    """
+    known = defaults if isinstance(defaults, Mapping) else {}
+
+    def register(body: Callable) -> Callable:
+        own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
+        options = [option(settings, field, known.get(field)) for field in fields_of(settings) if field not in without]
+        options += [option(TrainConfig, field) for field in training]
+        if from_file:
+            options += [_parameter(field, *how) for field, how in FILE_OPTIONS.items()]
+
+        def run(**given: Any) -> None:
+            with mistakes(goes_on):
+                mine = {each.name: given.pop(each.name) for each in own}
+                printing = given.pop("print_config", False)
+                base = defaults(**mine) if callable(defaults) else known
+                config = _assemble(settings, dict(base), given, training)
+                if printing:
+                    console.print(as_file(config), highlight=False, soft_wrap=True, markup=False)
+                else:
+                    body(config, **mine)
+
+        parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*options, *own)]
+        run.__signature__ = inspect.Signature(parameters)
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        app.command(name or body.__name__.replace("_", "-"), help=about or inspect.getdoc(body))(run)
+        return body
+
+    return register
+
+
+def option(settings: type[Settings], name: str, default: Any = None) -> inspect.Parameter:
+    """The option of a field; None where it is not given, so that a file, a recipe or a protocol may decide."""
+    field, plain = settings.model_fields[name], plain_type(settings.model_fields[name].annotation)
+    default = field.default if default is None else default
+    about, flag = field.description, flag_of(settings, name)
+    if recipes := [f"{recipe} {as_text(own[name])}" for recipe, own in RECIPES.items() if name in own]:
+        about += f" Recipes: {'; '.join(recipes)}." if settings is TrainConfig else ""
+    how: dict[str, Any] = {"envvar": (field.json_schema_extra or {}).get("envvar")}
+    if plain is bool:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    elif entry_type(plain) is Path:
+        plain = list[Path]
+    elif plain in (int, float):
+        bounds = {type(bound): bound for bound in field.metadata}
+        how["min"] = getattr(bounds.get(annotated_types.Ge), "ge", None)
+        how["max"] = getattr(bounds.get(annotated_types.Le), "le", None)
+    elif RemotePath in get_args(plain):
+        plain, how = Path, how | {"parser": path_or_uri, "metavar": "DIR"}
+    elif entry_type(plain):
+        plain, how = str, how | {"metavar": "A,B,..."}
+    visible = default not in (None, (), PydanticUndefined)
+    how |= {
+        "help": about,
+        "rich_help_panel": panel_of(settings, name),
+        "show_default": as_text(default) if visible else False,
+    }
+    return _parameter(name, plain, typer.Option(flag, **how), field.is_required())
+
+
+def _parameter(name: str, kind: Any, how: Any, required: bool = False) -> inspect.Parameter:
+    default = inspect.Parameter.empty if required else None
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind if required else kind | None, how],
+    )
+
+
+def flag_of(settings: type[Settings], name: str) -> str:
+    """The option's name, such as --val-every for val_every."""
+    extra = settings.model_fields[name].json_schema_extra if name in settings.model_fields else None
+    return "--" + ((extra or {}).get("flag") or name).replace("_", "-")
+
+
+def as_text(value: Any) -> str:
+    """A value as it is typed: on, 0.0003, mask,point or 4x1x4,2x4x2."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple | list):
+        return ",".join("x".join(map(str, v)) if isinstance(v, tuple | list) else str(v) for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _assemble(settings: type[Settings], defaults: dict, given: dict, training: Collection[str]) -> Settings:
+    """The settings of a verb: what is given by options wins over --set, that over the file, that over `defaults`."""
+    file, assigned = given.pop("config_file", None), given.pop("assigned", None) or []
+    values = defaults | (read_settings(file) if file else {})
+    named = {name: value for name, value in given.items() if value is not None and value != []}
+    nested = {name: named.pop(name) for name in training if name in named}
+    assignments = dict(assignment(each) for each in assigned)
+    if training:
+        return settings(**(values | named), train=values.pop("train", {}) | assignments | nested)
+    return settings(**(values | assignments | named))
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings of a TOML file. Raises InputError where it is missing or is none."""
+    try:
+        return tomllib.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--config {file} cannot be read ({error}). Expected a TOML file, such as --print-config prints."
+        ) from error
+
+
+def assignment(text: str) -> tuple[str, str | bool]:
+    """NAME=VALUE as (field of TrainConfig, value). Raises InputError with the nearest names for one that is unknown."""
+    name, sign, value = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not sign or name not in fields_of(TrainConfig):
+        near = closest(name, TrainConfig)
+        raise InputError(f"--set {text}: expected NAME=VALUE with a setting of training, such as {near}.")
+    return name, value.strip()
+
+
+def as_file(config: Settings) -> str:
+    """All settings as a TOML file for --config, each with what it does; those without a value are comments."""
+    lines = []
+    for name, value in config.model_dump(mode="json").items():
+        about = type(config).model_fields[name].description
+        text = f"# {name} =\n" if value is None else tomli_w.dumps({name: value})
+        lines.append(f"# {about}\n{text}" if about else text)
+    return "\n".join(lines)
 
 
 @contextmanager
-def mistakes(goes_on: bool = False):
+def mistakes(goes_on: bool = False) -> Iterator[None]:
     """The user's mistakes are one message and exit code 2; Ctrl-C is 130, and says whether the command `goes_on`."""
     try:
         yield
     except (InputError, ValidationError) as error:
-        told = str(error) if isinstance(error, InputError) else wrong_setting(error)
-        Console(stderr=True).print("error:", told, style="red", highlight=False, soft_wrap=True, markup=False)
+        message = str(error) if isinstance(error, InputError) else wrong_setting(error)
+        Console(stderr=True).print("error:", message, style="red", highlight=False, soft_wrap=True, markup=False)
         raise typer.Exit(2) from error
     except Stopped as stopped:
         Console(stderr=True).print(stopped, style="yellow", highlight=False, soft_wrap=True, markup=False)
@@ -119,10 +219,20 @@ def mistakes(goes_on: bool = False):
 
 
 def wrong_setting(error: ValidationError) -> str:
-    """A setting that its model refuses, by the flag's name."""
+    """A setting that its model refuses, by its option."""
     first = error.errors()[0]
-    flag = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "settings"
+    kind = next((kind for kind in _all_settings(Settings) if kind.__name__ == error.title), Settings)
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return f"{name} is not a setting of {kind.__name__}. Nearest: {closest(name, kind)}."
+    flag = flag_of(kind, name) if name else "settings"
     return f"{flag} is {first['input']!r}: {first['msg']}."
+
+
+def _all_settings(kind: type[Settings]) -> Iterator[type[Settings]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _all_settings(each)
 
 
 def progress_bar(*fields: str) -> Progress:
@@ -133,18 +243,10 @@ def progress_bar(*fields: str) -> Progress:
     )
 
 
-def commas(values) -> str:
-    """(1, 2) as "1,2"."""
-    return ",".join(map(str, values))
-
-
-def of_recipe(recipe: str, scale: float, **given) -> dict:
-    """Fields of TrainConfig: the recipe, its batches times `scale`, and what is given in its path_or_uri."""
-    from pipelines.config import scaled_batches
-
-    return {"recipe": recipe, "batches": scaled_batches(recipe, scale)} | {
-        name: value for name, value in given.items() if value is not None
-    }
+def say(*lines: str) -> None:
+    """Print lines as they are, however long."""
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def numbers(text: str, flag: str) -> list[int]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from la.errors import InputError
 from pipelines.config import Prompt, Settings, SweepConfig
 from pipelines.workspace import digest
-from sweeps.study import Variant, task_title
+from sweeps.study import Study, Variant, task_title
 
 
 class Score(Settings):
@@ -27,6 +27,8 @@ class Score(Settings):
     episodes_digest: str
     classes_drawn: int
     method: str
+    # mIoU of 1,000 resamples of the episodes, of which two methods on the same episodes have the same draws
+    resampled: tuple[float, ...] = ()
 
 
 class FoldResult(Settings):
@@ -34,6 +36,7 @@ class FoldResult(Settings):
 
     variant: str
     fold: int
+    train_seed: int = 0
     finished: bool = False
     stopped_early: bool = False  # by a search, before the last step
     step: int = 0  # training steps done
@@ -55,15 +58,22 @@ class FoldResult(Settings):
 
 @dataclass(frozen=True)
 class SweepResult:
-    """How a sweep ended; trials are named `variant/foldN`."""
+    """How a sweep ended; trials are named `variant/foldN`, with several seeds of training `variant/foldN/seedS`."""
 
     config: SweepConfig
     name: str
     folder: Path  # result files and tables
-    variants: tuple[Variant, ...]
+    study: Study
+    variants: tuple[Variant, ...]  # those that were run
     results: dict[str, FoldResult]  # finished trials
     failed: dict[str, str]  # trial -> error, its last line the message
     interrupted: bool  # stopped by Ctrl-C before every trial ended
+
+    def scores(self, variant: str, fold: int, ways: int, shots: int, prompt: str) -> list[Score]:
+        """A variant's scores on one task and fold, of each seed of training that is finished."""
+        trials = sorted(self.results.values(), key=lambda trial: trial.train_seed)
+        mine = [trial.score(ways, shots, prompt) for trial in trials if (trial.variant, trial.fold) == (variant, fold)]
+        return [score for score in mine if score]
 
 
 def task_name(ways: int, shots: int, prompt: str) -> str:

@@ -29,10 +29,11 @@ from pipelines.config import SweepConfig, TrialPlacement
 from pipelines.tracking.mlflow_runs import Tracker
 from pipelines.workspace import Workspace, locked, write_text
 from sweeps.display import SweepDisplay
+from sweeps.paper_tables import tables_of
 from sweeps.plan import plan_sweep
 from sweeps.records import SweepRuns
 from sweeps.results import FoldResult, SweepResult, describe_error
-from sweeps.studies.registry import tables_of
+from sweeps.study import Study
 from sweeps.trial import Report, TrialSpec, finished, run_trial
 
 Trainable = Callable[[TrialSpec, Report], FoldResult]
@@ -54,25 +55,27 @@ def run_sweep(
     console: Console | None = None,
     trainable: Trainable = run_trial,
     command: str | None = None,
+    study: Study | None = None,
 ) -> SweepResult:
     """Run what is not finished, log to MLflow, write the tables as CSV; progress goes to `console`.
 
     A trial that fails is in `failed` and costs no other; the next start tries it again. Ctrl-C ends the sweep with what
     it has. Uses the running Ray, the cluster of RAY_ADDRESS, or starts one here; on several machines the workspace and
     the checkout have to lie on storage they share. `trainable` runs in a worker and has to write `job.file`.
-    `command` is what was typed, for the report to name.
+    `command` is what was typed, for the report to name; `study` is taken in place of that which `config` names.
 
     Raises InputError for settings that cannot be met and for a sweep that runs already.
     """
-    plan = plan_sweep(config)
+    plan = plan_sweep(config, study)
     with locked(plan.folder, wait=False):
         settings = config.model_copy(update={"store": plan.store.key}).model_dump(mode="json")
-        write_text(plan.folder / "sweep.json", json.dumps({"command": command, "config": settings}, indent=1))
+        content = {"command": command, "config": settings, "study": plan.study.model_dump(mode="json")}
+        write_text(plan.folder / "sweep.json", json.dumps(content, indent=1))
         results = {job.name: result for job in plan.jobs if (result := finished(job))}
         todo = [job for job in plan.jobs if job.name not in results]
         failed: dict[str, str] = {}
         logged = config.model_dump(mode="json", exclude={"workspace", "train", "tracking_uri"}) | config.train
-        runs = SweepRuns(Tracker(Workspace(config.workspace), config.tracking_uri), config.study, plan, logged)
+        runs = SweepRuns(Tracker(Workspace(config.workspace), config.tracking_uri), plan.study.name, plan, logged)
         try:
             if todo:
                 by_name = {job.name: job for job in todo}
@@ -81,11 +84,13 @@ def run_sweep(
                     return trainable(by_name[settings["trial"]], report)
 
                 with SweepDisplay(console, len(plan.jobs), len(results)) as display:
-                    workers = config.train.get("workers", 0)
+                    workers = max((job.train.workers for job in plan.jobs if job.train), default=0)
                     failed = run_trials(config, workers, plan.folder, work, by_name, [runs, display])
             results = {job.name: result for job in plan.jobs if (result := finished(job))}
             interrupted = any(job.name not in results and job.name not in failed for job in plan.jobs)
-            outcome = SweepResult(config, plan.name, plan.folder, plan.variants, results, failed, interrupted)
+            outcome = SweepResult(
+                config, plan.name, plan.folder, plan.study, plan.variants, results, failed, interrupted
+            )
             tables = tables_of(outcome)
             for table in tables:
                 (plan.folder / f"{table.name}.csv").write_text(table.csv())

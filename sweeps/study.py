@@ -1,13 +1,28 @@
-"""What a study is: its variants, what they are evaluated on, and the numbers the paper printed for it."""
+"""What a study is: a TOML file of variants, what they are trained with and evaluated on, and the tables to draw.
 
+Files that come with the product lie in `sweeps/studies/`. A Python file with a function `study()` that returns the same
+as a dictionary is taken as well. See docs/studies.md.
+"""
+
+import itertools
+import re
+import runpy
+import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from pipelines.config import Prompt
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from la.errors import InputError
+from pipelines.config import RECIPES, Count, Prompt, Settings, TrainConfig, closest
 
 Task = tuple[int, int]  # ways, shots
 Paper = Mapping[Task, float | tuple[float, ...]]  # mIoU in percent; a tuple has one number a fold
+FOLDER = Path(__file__).parent / "studies"
+BUILT_IN = ("ablations", "prompts", "nway", "folds", "generalist")  # files in it
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*")
+SET_BY_SWEEP = {"workspace", "store", "fold", "fold_lists", "seed", "device", "threads"}
 
 
 def task_title(ways: int, shots: int) -> str:
@@ -15,41 +30,151 @@ def task_title(ways: int, shots: int) -> str:
     return f"{ways}-way {shots}-shot"
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One row of a study: a name for files and commands, a title for tables, what differs from the complete model."""
+def paper_numbers(table: Mapping) -> dict:
+    """{"1-way 5-shot": 41.2}, or {"1,5": 41.2}, as {(1, 5): 41.2}."""
+    return {tuple(map(int, re.findall(r"\d+", key))) if isinstance(key, str) else key: v for key, v in table.items()}
+
+
+class Variant(Settings):
+    """One row of a study: a name for files and commands, a title for tables, what differs from the base."""
 
     name: str
     title: str
-    overrides: Mapping[str, Any] = field(default_factory=dict)  # TrainConfig fields
-    paper: Paper = field(default_factory=dict)  # masks as prompts
     method: str = "la"  # or the name of a baseline, which is evaluated without training
+    settings: dict[str, Any] = Field({})  # of TrainConfig: what makes the variant, and nothing overrides
+    defaults: dict[str, Any] = Field({})  # of TrainConfig: what suits it, where nothing else is given
+    paper: dict[Task, float | tuple[float, ...]] = Field({})  # the paper's mIoU in percent, masks as prompts
+
+    @field_validator("paper", mode="before")
+    @classmethod
+    def _tasks(cls, value: dict) -> dict:
+        return paper_numbers(value)
+
+    @classmethod
+    def read(cls, name: str, table: dict) -> "Variant":
+        """A variant from its table in a study's file, where its settings stand beside title, method and paper."""
+        own = {key: value for key, value in table.items() if key in cls.model_fields and key != "settings"}
+        settings = {key: value for key, value in table.items() if key not in own}
+        return cls(**{"title": name} | own, name=name, settings=settings)
 
     @property
     def trained(self) -> bool:
         return self.method == "la"
 
 
-@dataclass(frozen=True)
-class Study:
-    """A table or figure of the paper: what to train, and the tasks to evaluate it on by default."""
+class TableLayout(Settings):
+    """A table of a study: `tasks` has a column a task, `folds` a column a fold, `prompts` a row a kind of prompt."""
+
+    name: str  # of its files
+    kind: Literal["tasks", "folds", "prompts"] = "tasks"
+    title: str = ""
+    note: str = ""
+    variants: tuple[str, ...] | None = None  # its rows; None: all of the study
+    by_prompt: dict[str, dict[Task, float]] = Field({})  # the paper's numbers of `prompts`
+
+    @field_validator("by_prompt", mode="before")
+    @classmethod
+    def _tasks(cls, value: dict) -> dict:
+        return {prompt: paper_numbers(numbers) for prompt, numbers in value.items()}
+
+
+class Study(Settings):
+    """Variants and grids of them, with what they share. Options of the command line win over `train` and the rest."""
 
     name: str
-    about: str  # for --help
-    variants: tuple[Variant, ...]
-    folds: tuple[int, ...] = (0,)
-    ways: tuple[int, ...] = (1, 2)
-    shots: tuple[int, ...] = (1,)
-    prompts: tuple[Prompt, ...] = ("mask",)
+    about: str = ""  # for --help
+    train: dict[str, Any] = Field({})  # settings of training for every variant
+    variants: tuple[Variant, ...] = ()
+    grid: dict[str, list] = Field({})  # setting of training -> values; every trained variant is crossed with every cell
+    baseline: str | None = None  # the variant that others are compared with, on the same episodes
+    train_seeds: tuple[int, ...] = Field((0,), min_length=1)
+    folds: tuple[int, ...] = Field((0,), min_length=1)
+    ways: tuple[Count, ...] = Field((1, 2), min_length=1)
+    shots: tuple[Count, ...] = Field((1,), min_length=1)
+    prompts: tuple[Prompt, ...] = Field(("mask",), min_length=1)
+    protocol: str = "la"
+    seeds: int | None = None  # of test episodes; None: the protocol's
+    episodes: int | None = None
+    tables: tuple[TableLayout, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Study":
+        names = [variant.name for variant in self.variants]
+        for name in names:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"variant {name!r} cannot be the name of a file: letters, digits and _.,=+- are")
+        if self.baseline and self.baseline not in names:
+            raise ValueError(f"baseline {self.baseline!r} is not among the variants {', '.join(names)}")
+        for where, settings in (
+            ("train", self.train),
+            ("grid", self.grid),
+            *((v.name, v.settings) for v in self.variants),
+        ):
+            for setting in settings:
+                if setting not in TrainConfig.model_fields or setting in SET_BY_SWEEP:
+                    raise ValueError(
+                        f"{where}: {setting!r} is not a setting of training. Nearest: {closest(setting, TrainConfig)}"
+                    )
+        return self
+
+    def all_variants(self) -> tuple[Variant, ...]:
+        """The variants crossed with the grid."""
+        if not self.grid:
+            return self.variants
+        cells = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        crossed = []
+        for variant in self.variants or (Variant(name="base", title=""),):
+            if not variant.trained:
+                crossed.append(variant)
+            for cell in cells if variant.trained else ():
+                parts = [f"{name}={_spelled(value)}" for name, value in cell.items()]
+                given = [variant.name] if self.variants else []
+                title = ", ".join([variant.title, *parts] if variant.title else parts)
+                changes = {"name": "-".join([*given, *parts]), "title": title, "settings": variant.settings | cell}
+                crossed.append(variant.model_copy(update=changes))
+        return tuple(crossed)
+
+    def evaluation(self) -> dict[str, Any]:
+        """What it says of folds, seeds and tasks, by the names of SweepConfig."""
+        names = ("folds", "train_seeds", "ways", "shots", "prompts", "protocol", "seeds", "episodes")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def baseline_of(self, variants: tuple[Variant, ...]) -> Variant | None:
+        """The variant that the others are compared with: the named one, or its first cell of the grid."""
+        named = [v for v in variants if self.baseline and v.name.split("-")[0].split("=")[0] == self.baseline]
+        return next((v for v in variants if v.name == self.baseline), named[0] if named else None)
+
+    def settings_of(self, variant: Variant, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of training: the study's, the variant's defaults, what was given, what makes the variant.
+
+        A recipe that was given wins over the defaults of what it sets.
+        """
+        by_recipe = RECIPES.get(given.get("recipe", ""), {})
+        defaults = {name: value for name, value in variant.defaults.items() if name not in by_recipe}
+        return self.train | defaults | dict(given) | variant.settings
 
 
-COMPLETE = Variant("complete", "LA, paper preset")
-# The released model is larger: the learning rate that suits few photos is lower than the paper preset's.
-OFFICIAL = Variant("official", "LA, official preset", {"preset": "official", "lr": 1e-4})
-# It has a recipe of its own, batches included.
-HYBRID = Variant("hybrid", "LA, hybrid preset", {"preset": "hybrid", "recipe": "hybrid"})
+def _spelled(value: object) -> str:
+    if isinstance(value, list):
+        return "+".join(map(_spelled, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def baseline(method: str, title: str, paper: Paper | None = None) -> Variant:
-    """A method without training, by its name in `la.evaluation.baselines`."""
-    return Variant(method, title, paper=paper or {}, method=method)
+def find_study(name: str) -> Study:
+    """A study by its name, or from its file, .toml or .py. Raises InputError, which names what is wrong in it."""
+    file = FOLDER / f"{name}.toml"
+    file = file if file.is_file() else Path(name)
+    if not file.is_file():
+        raise InputError(f"study {name} is not there. Pass a .toml or .py file, or one of {', '.join(BUILT_IN)}.")
+    try:
+        content = runpy.run_path(str(file))["study"]() if file.suffix == ".py" else tomllib.loads(file.read_text())
+        variants = tuple(Variant.read(key, table) for key, table in content.pop("variants", {}).items())
+        return Study(**{"name": file.stem} | content, variants=variants)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise InputError(f"{file}: {where}: {first['msg'].removeprefix('Value error, ')}.") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{file} is not a study ({type(error).__name__}: {error}). See `sweep new` for one."
+        ) from error

@@ -27,6 +27,7 @@ class TrialSpec:
     # of `la`: without the checkpoint, which training gives; none in a search, which trains alone
     evaluations: tuple[EvaluateConfig, ...]
     file: Path  # where the result goes
+    seeded: bool = False  # whether its sweep has several seeds of training
 
     @property
     def fold(self) -> int:
@@ -34,7 +35,12 @@ class TrialSpec:
 
     @property
     def name(self) -> str:
-        return f"{self.variant.name}/fold{self.fold}"
+        return trial_name(self.variant.name, self.fold, self.train.seed if self.train and self.seeded else None)
+
+
+def trial_name(variant: str, fold: int, train_seed: int | None = None) -> str:
+    """Such as complete/fold0, or complete/fold0/seed1."""
+    return f"{variant}/fold{fold}" + ("" if train_seed is None else f"/seed{train_seed}")
 
 
 def run_trial(
@@ -50,7 +56,7 @@ def run_trial(
     if evaluate is None:
         from pipelines.evaluation.evaluate import evaluate
     started = time.monotonic()
-    result = FoldResult(variant=job.variant.name, fold=job.fold)
+    result = FoldResult(variant=job.variant.name, fold=job.fold, train_seed=job.train.seed if job.train else 0)
     if job.train:
         trained = train(job.train, lambda metrics: report({"phase": "train", **metrics}))
         result = result.model_copy(

@@ -9,7 +9,7 @@ import torch
 from la.device import autocast, pick_device
 from la.episodes.protocols import protocol_of
 from la.episodes.sampling import Episode
-from la.evaluation.metrics import EpisodeScore, FewShotIoU, bootstrap_interval, score_episode
+from la.evaluation.metrics import EpisodeScore, FewShotIoU, interval_of, resampled_means, score_episode
 from la.model.decoder import segment
 from pipelines.config import EvaluateConfig
 from pipelines.episodes.batches import BatchBuilder
@@ -30,6 +30,7 @@ class EvaluateResult:
     std: float
     per_seed: list[float]
     interval: tuple[float, float]  # 95 %, of the mean, episodes resampled within each seed
+    resampled: tuple[float, ...]  # the means of those resamples
     fb_iou: float
     per_class: dict[str, float]  # class name -> IoU over the episodes of all seeds
     episodes_per_class: dict[str, int]
@@ -71,12 +72,13 @@ def evaluate(config: EvaluateConfig, on_progress: Callable[[int, int], None] | N
         digests.append(shards.digest)
         total += scores
     per_seed = [scores.miou() for scores in of_seeds]
-    names = store.dataset(config.split).categories
+    names, resampled = store.dataset(config.split).categories, resampled_means(of_seeds)
     result = EvaluateResult(
         miou=statistics.fmean(per_seed),
         std=statistics.stdev(per_seed) if len(per_seed) > 1 else 0.0,
         per_seed=per_seed,
-        interval=bootstrap_interval(of_seeds),
+        interval=interval_of(resampled),
+        resampled=tuple(round(mean, 3) for mean in resampled.tolist()),
         fb_iou=total.fb_iou(),
         per_class={names[c]: iou for c, iou in total.per_class().items()},
         episodes_per_class={names[c]: n for c, n in total.episodes_per_class().items()},

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, select_autoescape
@@ -13,12 +13,11 @@ from pipelines.config import SweepConfig
 from pipelines.store.reader import FeatureStore
 from pipelines.tracking.mlflow_runs import read_curve
 from pipelines.workspace import Workspace, write_text
-from sweeps.paper_tables import Table, scores_of
+from sweeps.paper_tables import Table, scores_of, tables_of
 from sweeps.plan import plan_sweep
 from sweeps.report import plots
 from sweeps.results import SweepResult
-from sweeps.studies.registry import STUDIES, tables_of
-from sweeps.study import Study, task_title
+from sweeps.study import BUILT_IN, Study, find_study, task_title
 from sweeps.trial import finished
 
 GAPS = ("not run", "failed")
@@ -51,7 +50,8 @@ def write_report(root: Path, out: Path) -> Path:
     if not stores:
         workspace.find_store()  # says what to do
     sweeps = _sweeps(workspace)
-    sections = [_section(workspace, study, sweeps.get(name, [])) for name, study in STUDIES.items()]
+    studies = {name: find_study(name) for name in BUILT_IN} | {name: of[0].result.study for name, of in sweeps.items()}
+    sections = [_section(workspace, study, sweeps.get(name, [])) for name, study in studies.items()]
     environment = Environment(loader=PackageLoader("sweeps.report", "."), autoescape=select_autoescape(["html"]))
     text = environment.get_template("report.html").render(
         sections=sections,
@@ -80,25 +80,24 @@ def _sweeps(workspace: Workspace) -> dict[str, list[_SweepOnDisk]]:
         try:
             content = json.loads(file.read_text())
             config = SweepConfig.model_validate(content["config"])
+            study = Study.model_validate(content["study"]) if "study" in content else find_study(config.study)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is not the settings of a sweep ({error}). Delete its folder.") from error
-        if config.study not in STUDIES or not (workspace.features / str(config.store) / "store.json").exists():
+        if not (workspace.features / str(config.store) / "store.json").exists():
             continue
-        plan = plan_sweep(config.model_copy(update={"workspace": workspace.root}))
-        results = {job.name: trial for job in plan.jobs if (trial := finished(job))}
-        result = SweepResult(config, file.parent.name, file.parent, plan.variants, results, {}, False)
-        by_study.setdefault(config.study, []).append(_SweepOnDisk(result, content["command"]))
+        plan = plan_sweep(config.model_copy(update={"workspace": workspace.root}), study)
+        jobs = [replace(job, file=file.with_name(job.file.name)) for job in plan.jobs]
+        results = {job.name: trial for job in jobs if (trial := finished(job))}
+        result = SweepResult(config, file.parent.name, file.parent, study, plan.variants, results, {}, False)
+        by_study.setdefault(study.name, []).append(_SweepOnDisk(result, content["command"]))
     return by_study
 
 
 def _section(workspace: Workspace, study: Study, sweeps: list[_SweepOnDisk]) -> Section:
     command = f"python cli.py sweep {study.name} --workspace {workspace.root}"
     if not sweeps:
-        config = SweepConfig(
-            workspace=workspace.root, study=study.name, folds=study.folds, ways=study.ways, shots=study.shots
-        )
-        config = config.model_copy(update={"prompts": study.prompts})
-        empty = SweepResult(config, "", Path(), study.variants, {}, {}, False)
+        config = SweepConfig(workspace=workspace.root, study=study.name, **study.evaluation())
+        empty = SweepResult(config, "", Path(), study, study.all_variants(), {}, {}, False)
         return Section(study, empty, command, tables_of(empty), [], [], {})
     latest, *others = sweeps
     result = latest.result
@@ -146,7 +145,7 @@ def _settings(result: SweepResult) -> dict[str, str]:
     digests = sorted({trial.episodes_digest for trial in result.results.values()})
     return {
         "sweep": result.name,
-        "trials": f"{len(result.results)} of {len(result.variants) * len(config.folds)} finished",
+        "trials": f"{len(result.results)} finished",
         "store": config.store or "the only one",
         "protocol": config.protocol,
         "evaluation": f"{config.seeds} seeds x {config.episodes} episodes",
