@@ -1,0 +1,143 @@
+"""The plan of a study: its settings in, its disk, reading, hours and bottlenecks out. What is not given is measured."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from la.data.coco import find_splits, load_coco
+from la.errors import InputError
+from pipelines.bench.cost import Cluster, Kind, Rates, Stage, bytes_per_image, images_per_step, job_of, store_bytes
+from pipelines.bench.rates import (
+    feature_shape,
+    made_up_store,
+    measure_featurizing,
+    measure_reading,
+    measure_training,
+    photos_drawn,
+)
+from pipelines.bench.ratios import memory_gb
+from pipelines.config import Settings, StoredDtype, TrainConfig, default_recipe, scaled_batches
+from pipelines.remote_path import PathOrUri
+
+COCO_PHOTOS = 123_287  # of train2017 and val2017
+
+
+class PlanConfig(Settings):
+    """What a study is to be, and where it will run."""
+
+    images: int | None = None  # to featurize, of all splits; None: those of `coco_dir`, or of COCO
+    coco_dir: PathOrUri | None = None  # whose photos are counted, and the supports that its classes have
+    backbone: str
+    image_size: int  # pixels a side
+    dtype: StoredDtype = "float16"
+    workers: int = 1  # processes that work at once
+    nodes: int = 1
+    ram_gb: float | None = None  # of each node, 1e9 bytes; None: this one's
+    folds: int = 4
+    steps: int = 2000
+    preset: str = "paper"
+    recipe: str | None = None  # None: the preset's, and "small" for the trials
+    batch_scale: float = 1.0
+    seeds: int = 5
+    episodes: int = 1000  # of each seed
+    featurize_rate: float | None = None  # photos a second of one worker
+    steps_per_second: float | None = None  # of one worker, features in memory
+    read_mb_per_second: float | None = None  # of each node, past its page cache
+    device: str = "auto"
+    threads: int | None = None
+
+
+class Plan(NamedTuple):
+    """Sizes and rates by name, as they are printed, and the stages one after the other."""
+
+    sizes: dict[str, str]
+    stages: list[Stage]
+
+
+def plan_study(config: PlanConfig, variants: Sequence[Mapping[str, Any]], tasks: Sequence[tuple[int, int]]) -> Plan:
+    """Plan featurizing, a training on each fold, and a sweep that trains `variants` on each and evaluates `tasks`.
+
+    Variants are what they change of TrainConfig; a task (N, K) comes as often as there are kinds of prompts. Raises
+    InputError for settings that cannot be used, and for a `coco_dir` as `load_coco` does.
+    """
+    training, trials = _trainings(config, variants)
+    photos, photos_of = _photos(config)
+    images = config.images or photos
+    vit, how = (config.backbone, config.image_size), {"device": config.device, "threads": config.threads}
+    features = bytes_per_image(*feature_shape(*vit), config.dtype)
+    evaluated = {(1, *task): tasks.count(task) * config.seeds * config.episodes for task in tasks}
+    if config.nodes > config.workers:
+        raise InputError(
+            f"--nodes is {config.nodes}, but --workers is {config.workers}: a node has at least one worker. "
+            "Lower --nodes or raise --workers."
+        )
+    with tempfile.TemporaryDirectory(prefix="la-plan-") as name:
+        folder = Path(name)
+        disk = config.read_mb_per_second or measure_reading(folder)
+        featurized = config.featurize_rate or measure_featurizing(folder, *vit, **how)
+        rates_of = _rates(config, folder, photos_of)
+        rates, read = rates_of(training), photos_of(training.batches)
+        swept = [job_of(trial, rates_of(trial), photos_of(trial.batches), evaluated) for trial in trials]
+    where = (disk, config.workers, config.nodes, config.ram_gb or memory_gb())
+    cluster = Cluster(features, store_bytes(images, features), *where)
+    sizes = {
+        f"features of a photo, {config.dtype}": f"{features / 1e6:.3f} MB",
+        f"store of {images} photos": f"{cluster.store / 1e9:.1f} GB",
+        "of it, a node's memory holds": f"{100 * cluster.cached:.0f} %",
+        "a worker reads in a training step": f"{read:.1f} photos, {read * features / 1e6:.0f} MB",
+        "a worker featurizes": f"{featurized:.3g} photos/s",
+        "a worker trains": f"{1 / rates.step:.3g} steps/s",
+        "a worker evaluates, 1-way 1-shot": f"{1 / (2 * rates.photo):.3g} episodes/s",
+        "a node's disk gives": f"{disk:.0f} MB/s",
+    }
+    trained, swept = [job_of(training, rates, read)] * config.folds, swept * config.folds
+    stages = [
+        cluster.featurize(images, featurized),
+        cluster.train(f"train {config.folds} folds", trained),
+        cluster.train(f"sweep ablations, {len(swept)} trials", swept, config.workers),
+    ]
+    return Plan(sizes, stages)
+
+
+def _trainings(config: PlanConfig, variants: Sequence[Mapping[str, Any]]) -> tuple[TrainConfig, list[TrainConfig]]:
+    """(the training asked for, those of the sweep on one fold, which follows no preset)"""
+    common = {"workspace": Path(), **config.model_dump(include={"steps", "device", "threads"})}
+
+    def by_recipe(recipe: str) -> dict[str, Any]:
+        return common | {"recipe": recipe, "batches": scaled_batches(recipe, config.batch_scale)}
+
+    own, swept = by_recipe(config.recipe or default_recipe(config.preset)), by_recipe(config.recipe or "small")
+    # a variant that names a recipe has the settings of that, batches included
+    trials = [TrainConfig(**((common if "recipe" in variant else swept) | variant)) for variant in variants]
+    return TrainConfig(**own, preset=config.preset), trials
+
+
+def _photos(config: PlanConfig) -> tuple[int, Callable[[tuple[Kind, ...]], float]]:
+    """(photos of the folder, or of COCO; what a worker reads in a step of such batches)"""
+    if not config.coco_dir:
+        return COCO_PHOTOS, images_per_step
+    splits = find_splits(config.coco_dir)
+    datasets = {split: load_coco(file, None, split) for split, (file, _) in splits.items()}
+    drawn = cache(lambda batches: photos_drawn(TrainConfig(workspace=Path(), batches=batches), datasets["train"]))
+    return sum(len(dataset.images) for dataset in datasets.values()), drawn
+
+
+def _rates(config: PlanConfig, folder: Path, photos_of: Callable) -> Callable[[TrainConfig], Rates]:
+    """The rates of a training: those given, or measured on made-up features.
+
+    Where steps alone are given, an evaluation is taken to cost a photo what training does. Variants of a preset cost
+    nearly the same: the preset with all its parts stands for them, and is measured once for each kind of batches.
+    """
+    if config.steps_per_second:
+        step = 1 / config.steps_per_second
+        return lambda training: Rates(step, step / images_per_step(training.batches))
+    workspace = made_up_store(folder / "made-up", config.backbone, config.image_size)
+
+    @cache
+    def measured(**preset) -> Rates:
+        training = TrainConfig(workspace=workspace, device=config.device, threads=config.threads, **preset)
+        return measure_training(training, photos_of(training.batches))
+
+    return lambda training: measured(preset=training.preset, recipe=training.recipe, batches=training.batches)
