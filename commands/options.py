@@ -110,8 +110,10 @@ def option(settings: type[Settings], name: str, default: Any = None) -> inspect.
     field, plain = settings.model_fields[name], plain_type(settings.model_fields[name].annotation)
     default = field.default if default is None else default
     about, flag = field.description, flag_of(settings, name)
-    if recipes := [f"{recipe} {as_text(own[name])}" for recipe, own in RECIPES.items() if name in own]:
-        about += f" Recipes: {'; '.join(recipes)}." if settings is TrainConfig else ""
+    recipes = [f"{recipe} {as_text(own[name])}" for recipe, own in RECIPES.items() if name in own]
+    if default not in (None, (), PydanticUndefined):
+        about += f" (default: {as_text(default)}{'; recipe ' if recipes and settings is TrainConfig else ''}"
+        about += f"{', '.join(recipes) if settings is TrainConfig else ''})"
     how: dict[str, Any] = {"envvar": (field.json_schema_extra or {}).get("envvar")}
     if plain is bool:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
@@ -125,11 +127,10 @@ def option(settings: type[Settings], name: str, default: Any = None) -> inspect.
         plain, how = Path, how | {"parser": path_or_uri, "metavar": "DIR"}
     elif entry_type(plain):
         plain, how = str, how | {"metavar": "A,B,..."}
-    visible = default not in (None, (), PydanticUndefined)
     how |= {
         "help": about,
         "rich_help_panel": panel_of(settings, name),
-        "show_default": as_text(default) if visible else False,
+        "show_default": False,
     }
     return _parameter(name, plain, typer.Option(flag, **how), field.is_required())
 

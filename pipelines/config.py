@@ -19,6 +19,7 @@ from pipelines.remote_path import PathOrUri
 from pipelines.workspace import digest
 
 Prompt = Literal["mask", "point", "box", "point_box", "mixed"]
+Recipe = Literal["small", "paper", "official", "hybrid"]
 Count = Annotated[int, Field(ge=1)]
 StoredDtype = Literal["float16", "int8"]  # of features in a store; int8 has a scale per token
 # (B, N, K) of a training batch on one worker (section 5.2)
@@ -219,7 +220,7 @@ class OptimisationSettings(Settings):
     """How weights are found (paper section 5.2); a recipe sets what is not given."""
 
     panel: ClassVar[str] = "Optimisation"
-    recipe: Literal["small", "paper", "official", "hybrid"] = setting(
+    recipe: Recipe = setting(
         "small",
         "Settings that belong together, of which given ones win: for a few hundred photos, the paper's, the released "
         "model's, the hybrid's; not given: the hybrid preset's own, else small.",
@@ -371,6 +372,36 @@ class ProfileConfig(DeviceSettings, StoreSettings):
     )
     supports_at_once: int = setting(1, "Supports at once through LA and the ViT; more take more memory.", ge=1)
     repeats: int = setting(5, "Timed runs of each cell; the median counts.", ge=1)
+
+
+class PlanConfig(BackboneSettings, DeviceSettings):
+    """What a study is to be, and where it will run."""
+
+    panel: ClassVar[str] = "Study"
+    coco_dir: PathOrUri | None = setting(
+        None, "Folder or URI whose photos are counted, and the supports that its classes have; not given: COCO's."
+    )
+    photos: int | None = setting(None, "Photos to featurize, all splits; not given: those of --coco-dir or COCO.", ge=1)
+    dtype: StoredDtype = setting("float16", "Stored features; int8, a scale per token, takes half the bytes.")
+    workers: int = setting(1, "Processes that work at once, one for each GPU.", ge=1)
+    nodes: int = setting(1, "Machines that the workers are spread over.", ge=1)
+    ram_gb: float | None = setting(None, "Memory of each node, 1e9 bytes; not given: this one's.", ge=1)
+    folds: int = setting(4, "Folds to train and to sweep.", ge=1, le=4)
+    steps: int = setting(2000, "Optimisation steps.", ge=1)
+    preset: str = setting("paper", "paper (1.4 M parameters), official (10.1 M), hybrid (matching maps) or debug.")
+    recipe: Recipe | None = setting(
+        None, "As of `train`; not given: the preset's, and each variant's own in the sweep."
+    )
+    batch_scale: float = setting(1.0, "Times B in the recipe's (B, N, K); 0.5 halves memory and time.", ge=0.01)
+    seeds: int = setting(5, "Sets of test episodes of the sweep.", ge=1)
+    episodes: int = setting(1000, "Test episodes of each set.", ge=1)
+    featurize_rate: float | None = setting(None, "Photos a second of one worker; not given: measured here.", ge=0.001)
+    steps_per_second: float | None = setting(
+        None, "Steps of one worker, features in memory; not given: measured here.", ge=0.001
+    )
+    read_mb_per_second: float | None = setting(
+        None, "MB of each node's way to the features; not given: measured here.", ge=0.1
+    )
 
 
 class TrialPlacement(WorkspaceSettings):

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+
 from pipelines.config import EvaluateConfig, SweepConfig, TrainConfig
 from pipelines.store.reader import StoreInfo, StoreSettings
 from pipelines.workspace import Workspace
@@ -72,6 +74,7 @@ def fake_evaluate(config: EvaluateConfig, on_progress) -> SimpleNamespace:
         interval=(miou - 1, miou + 1),
         fb_iou=60.0,
         method="paper@10",
+        resampled=tuple(np.linspace(miou - 1, miou + 1, 5)),
         per_seed=[miou - 0.5, miou + 0.5],
         per_class={"cat": miou, "dog": 0.0},
         episodes_digest=f"{config.fold}-{config.ways}-{config.shots}-{config.prompt}",
@@ -80,8 +83,8 @@ def fake_evaluate(config: EvaluateConfig, on_progress) -> SimpleNamespace:
 
 
 def main(workspace: Path, round_: int) -> None:
+    from sweeps.paper_tables import tables_of
     from sweeps.runner import run_sweep
-    from sweeps.studies.registry import tables_of
     from sweeps.trial import run_trial
 
     calls = workspace / "calls.log"

@@ -24,14 +24,12 @@ from pipelines.store.reader import FeatureStore
 from pipelines.tracking.mlflow_runs import Tracker, TrackingError
 from pipelines.workspace import Workspace, locked
 from sweeps.display import SweepDisplay
+from sweeps.paper_tables import tables_of
 from sweeps.plan import plan_sweep
 from sweeps.records import SweepRuns, over_folds
 from sweeps.results import SweepResult, read_result
 from sweeps.runner import trial_resources
-from sweeps.studies.ablations import ABLATIONS, ablation_tables
-from sweeps.studies.across_folds import fold_tables
-from sweeps.studies.prompts import PAPER
-from sweeps.studies.registry import STUDIES, tables_of
+from sweeps.study import BUILT_IN, FOLDER, Study, find_study
 from sweeps.trial import run_trial
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")
@@ -50,7 +48,7 @@ def opened(tracker, plan, config):
 
 
 def outcome(config, plan, results, failed):
-    return SweepResult(config, plan.name, plan.folder, plan.variants, results, failed, False)
+    return SweepResult(config, plan.name, plan.folder, plan.study, plan.variants, results, failed, False)
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +58,10 @@ def own_database(monkeypatch):
 
 def test_a_variant_changes_what_it_names_and_nothing_else(tmp_path):
     jobs = {job.variant.name: job for job in plan_sweep(fake_config(tmp_path, variants=None)).jobs}
-    for variant in ABLATIONS.variants:
+    for variant in find_study("ablations").variants:
         if variant.trained:
             of_kind = jobs["hybrid" if variant.name.startswith("hybrid") else "complete"].train
-            assert jobs[variant.name].train.model_dump() == of_kind.model_dump() | dict(variant.overrides)
+            assert jobs[variant.name].train.model_dump() == of_kind.model_dump() | variant.settings
     assert jobs["prototype"].train is None
     tasks = {name: [(c.fold, c.ways, c.shots, c.prompt) for c in job.evaluations] for name, job in jobs.items()}
     assert all(each == tasks["complete"] for each in tasks.values())
@@ -85,7 +83,7 @@ def test_what_changes_a_result_makes_another_sweep_and_nothing_else_does(tmp_pat
         ({"variants": ("complete", "no_such")}, "no_such.*Choose from complete"),
         ({"folds": (4,)}, "--folds holds 4"),
         ({"ways": (1, 1)}, "--ways names a value twice"),
-        ({"train": {"leraning_rate": 1}}, "'leraning_rate' is no setting of training"),
+        ({"train": {"leraning_rate": 1}}, "'leraning_rate' is not known"),
         ({"train": {"token_pool": False}}, "'token_pool' is set by the sweep"),
         ({"train": {"fold": 1}}, "'fold' is set by the sweep"),
         ({"train": {"lr": -1}}, "'lr' is -1"),
@@ -159,7 +157,7 @@ def test_a_task_without_images_enough_does_not_lose_the_others(tmp_path):
     assert result.finished
     assert {s.ways for s in result.scores} == {1}
     assert result.impossible["2-way 1-shot mask"] == "2-way needs 2 classes; 1 has them"
-    five, _ = ablation_tables(outcome(config, plan, {plan.jobs[0].name: result}, {}))
+    five, _ = tables_of(outcome(config, plan, {plan.jobs[0].name: result}, {}))
     assert five.rows[0][4] == "too few images"
 
 
@@ -168,16 +166,15 @@ def test_a_given_learning_rate_wins_over_a_variants_own(tmp_path):
         jobs = plan_sweep(fake_config(tmp_path, study="folds", variants=None, folds=(0,), train=train)).jobs
         return {job.variant.name: job.train.lr for job in jobs if job.train}
 
-    # the hybrid is another kind of model: what is given for LA is not for it
     assert rates() == {"complete": 3e-4, "official": 1e-4, "hybrid": 3e-3}
-    assert rates(lr=7e-6) == {"complete": 7e-6, "official": 7e-6, "hybrid": 3e-3}
-    assert rates(recipe="official") == {"complete": 5e-5, "official": 5e-5, "hybrid": 3e-3}
+    assert rates(lr=7e-6) == {"complete": 7e-6, "official": 7e-6, "hybrid": 7e-6}
+    assert rates(recipe="official") == {"complete": 5e-5, "official": 5e-5, "hybrid": 5e-5}
 
 
 def test_the_hybrid_without_each_ingredient_has_a_table_of_its_own(tmp_path):
     config = fake_config(tmp_path, variants=("hybrid", "hybrid_no_metric", "prototype"))
     plan = plan_sweep(config)
-    first, second, prompts = ablation_tables(outcome(config, plan, {job.name: finish(job) for job in plan.jobs}, {}))
+    first, second, prompts = tables_of(outcome(config, plan, {job.name: finish(job) for job in plan.jobs}, {}))
     assert [row[0] for row in first.rows] == ["prototype (no training)"]
     assert [row[0] for row in second.rows] == ["LA, hybrid preset", "w/o object metric"]
     assert prompts.rows[0][0] == "hybrid: masks"
@@ -199,7 +196,7 @@ def test_tables_stand_beside_the_papers_and_say_what_is_missing(tmp_path):
         "no_token_pool/fold0": "x",
         "no_token_pool/fold1": "x",
     }
-    five, six = ablation_tables(outcome(config, plan, results, failed))
+    five, six = tables_of(outcome(config, plan, results, failed))
     rows = {row[0]: row[1:] for row in five.rows}
     assert five.columns[1:3] == ("1-way 1-shot", "paper 1-way 1-shot")
     assert rows["complete"] == ("25.5 ± 0.7", "39.2", "-13.7", "20.5 ± 0.7", "30.9", "-10.4")
@@ -208,7 +205,7 @@ def test_tables_stand_beside_the_papers_and_say_what_is_missing(tmp_path):
     assert rows["w/o token pool"][0] == "failed"
     assert rows["w/o spatial convolutions"][0] == "not run"
     assert [row[0] for row in six.rows] == ["masks", "boxes and points", "boxes", "points"]
-    assert six.rows[1][2] == str(PAPER["point_box"][1, 1])
+    assert six.rows[1][2] == str(plan.study.tables[2].by_prompt["point_box"][1, 1])
     assert "ValueError: [odd] thing" in five.text()
     assert five.csv().splitlines()[1] == "complete,25.5 ± 0.7,39.2,-13.7,20.5 ± 0.7,30.9,-10.4"
 
@@ -216,7 +213,7 @@ def test_tables_stand_beside_the_papers_and_say_what_is_missing(tmp_path):
 def test_the_spread_of_a_single_fold_is_over_seeds_and_no_paper_column_is_invented(tmp_path):
     config = fake_config(tmp_path, shots=(1, 5, 10), prompts=("mask",))
     plan = plan_sweep(config)
-    six = ablation_tables(outcome(config, plan, {plan.jobs[0].name: finish(plan.jobs[0])}, {}))[1]
+    six = tables_of(outcome(config, plan, {plan.jobs[0].name: finish(plan.jobs[0])}, {}))[1]
     assert [c for c in six.columns if "1-way" in c and "paper" in c] == [
         "paper 1-way 1-shot",
         "paper 1-way 5-shot",
@@ -230,7 +227,7 @@ def test_a_table_by_fold_has_intervals_and_the_means_of_the_same_folds(tmp_path)
     config = config.model_copy(update={"prompts": ("mask",), "shots": (1,)})
     plan = plan_sweep(config)
     results = {job.name: finish(job) for job in plan.jobs if job.name != "prototype/fold2"}
-    one, two = fold_tables(outcome(config, plan, results, {}))
+    one, two = tables_of(outcome(config, plan, results, {}))
     assert one.columns == ("", "fold 0", "fold 2", "mean", "paper", "difference")
     width = (1 + 1) ** 0.5 / 2
     assert one.rows[0][1:] == ("25.0 [24.0, 26.0]", "27.0 [26.0, 28.0]", f"26.0 ± {width:.1f}", "39.7", "-13.7")
@@ -340,9 +337,14 @@ def store_of_zeros(root, images):
     return made_up_features(root, {"train": dataset}, lambda _: zeros, patch_size=1, shard_size=images)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+def test_the_built_in_studies_are_the_files_of_their_folder():
+    assert sorted(BUILT_IN) == sorted(file.stem for file in FOLDER.glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_every_study_plans_runs_and_tells(tmp_path, name):
-    study = STUDIES[name]
+    study = find_study(name)
+    assert Study.model_validate_json(study.model_dump_json()) == study, "as a sweep keeps it"
     config = fake_config(tmp_path, study=name, variants=None, folds=study.folds[:1], ways=(1, 2), shots=study.shots)
     plan = plan_sweep(config)
     tables = tables_of(outcome(config, plan, {job.name: finish(job) for job in plan.jobs}, {}))
@@ -378,7 +380,7 @@ def test_a_stopped_sweep_closes_all_its_runs_and_the_next_start_takes_them_up(tm
     assert set(status().values()) == {"RUNNING"}
     # Started again, and stopped by Ctrl-C before any trial starts.
     results = {plan.jobs[0].name: finish(plan.jobs[0])}
-    tables = ablation_tables(outcome(config, plan, results, {}))
+    tables = tables_of(outcome(config, plan, results, {}))
     opened(tracker, plan, config).close(results, tables)
     assert status() == {
         "sweep": "KILLED",

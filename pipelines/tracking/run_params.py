@@ -41,7 +41,7 @@ def fold_params(
 
     `train` is None for a method without training. `episodes_digest` joins once the episodes are drawn.
     """
-    names = set(TrainConfig.model_fields) - {"workspace", "store", "fold", "threads", "device"}
+    names = set(TrainConfig.model_fields) - {"workspace", "store", "fold", "threads", "device", "batch_scale"}
     settings = train.model_dump(mode="json") if train else dict.fromkeys(names, NONE)
     options = {"ways": "ways", "shots": "shots", "prompts": "prompt", "supports": "supports", "eval_seeds": "seeds"}
     options |= {"eval_episodes": "episodes", "eval_classes": "classes", "protocol": "protocol"}

@@ -92,7 +92,7 @@ def train_command(train: TrainConfig, batch_scale: float) -> str:
         "--dim": train.dim,
         "--depth": train.depth,
         "--loss": train.loss,
-        "--prompts": ",".join(train.prompts),
+        "--train-prompts": ",".join(train.prompts),
         "--val-every": train.val_every,
         "--val-episodes": train.val_episodes,
     }

@@ -18,35 +18,9 @@ from pipelines.bench.rates import (
     photos_drawn,
 )
 from pipelines.bench.ratios import memory_gb
-from pipelines.config import Settings, StoredDtype, TrainConfig, default_recipe, scaled_batches
-from pipelines.remote_path import PathOrUri
+from pipelines.config import PlanConfig, TrainConfig
 
 COCO_PHOTOS = 123_287  # of train2017 and val2017
-
-
-class PlanConfig(Settings):
-    """What a study is to be, and where it will run."""
-
-    images: int | None = None  # to featurize, of all splits; None: those of `coco_dir`, or of COCO
-    coco_dir: PathOrUri | None = None  # whose photos are counted, and the supports that its classes have
-    backbone: str
-    image_size: int  # pixels a side
-    dtype: StoredDtype = "float16"
-    workers: int = 1  # processes that work at once
-    nodes: int = 1
-    ram_gb: float | None = None  # of each node, 1e9 bytes; None: this one's
-    folds: int = 4
-    steps: int = 2000
-    preset: str = "paper"
-    recipe: str | None = None  # None: the preset's, and "small" for the trials
-    batch_scale: float = 1.0
-    seeds: int = 5
-    episodes: int = 1000  # of each seed
-    featurize_rate: float | None = None  # photos a second of one worker
-    steps_per_second: float | None = None  # of one worker, features in memory
-    read_mb_per_second: float | None = None  # of each node, past its page cache
-    device: str = "auto"
-    threads: int | None = None
 
 
 class Plan(NamedTuple):
@@ -64,7 +38,7 @@ def plan_study(config: PlanConfig, variants: Sequence[Mapping[str, Any]], tasks:
     """
     training, trials = _trainings(config, variants)
     photos, photos_of = _photos(config)
-    images = config.images or photos
+    images = config.photos or photos
     vit, how = (config.backbone, config.image_size), {"device": config.device, "threads": config.threads}
     features = bytes_per_image(*feature_shape(*vit), config.dtype)
     evaluated = {(1, *task): tasks.count(task) * config.seeds * config.episodes for task in tasks}
@@ -103,15 +77,8 @@ def plan_study(config: PlanConfig, variants: Sequence[Mapping[str, Any]], tasks:
 
 def _trainings(config: PlanConfig, variants: Sequence[Mapping[str, Any]]) -> tuple[TrainConfig, list[TrainConfig]]:
     """(the training asked for, those of the sweep on one fold, which follows no preset)"""
-    common = {"workspace": Path(), **config.model_dump(include={"steps", "device", "threads"})}
-
-    def by_recipe(recipe: str) -> dict[str, Any]:
-        return common | {"recipe": recipe, "batches": scaled_batches(recipe, config.batch_scale)}
-
-    own, swept = by_recipe(config.recipe or default_recipe(config.preset)), by_recipe(config.recipe or "small")
-    # a variant that names a recipe has the settings of that, batches included
-    trials = [TrainConfig(**((common if "recipe" in variant else swept) | variant)) for variant in variants]
-    return TrainConfig(**own, preset=config.preset), trials
+    common = config.model_dump(include={"steps", "device", "threads", "batch_scale", "recipe"}, exclude_none=True)
+    return TrainConfig(**common, preset=config.preset), [TrainConfig(**common | variant) for variant in variants]
 
 
 def _photos(config: PlanConfig) -> tuple[int, Callable[[tuple[Kind, ...]], float]]:
@@ -120,7 +87,7 @@ def _photos(config: PlanConfig) -> tuple[int, Callable[[tuple[Kind, ...]], float
         return COCO_PHOTOS, images_per_step
     splits = find_splits(config.coco_dir)
     datasets = {split: load_coco(file, None, split) for split, (file, _) in splits.items()}
-    drawn = cache(lambda batches: photos_drawn(TrainConfig(workspace=Path(), batches=batches), datasets["train"]))
+    drawn = cache(lambda batches: photos_drawn(TrainConfig(batches=batches), datasets["train"]))
     return sum(len(dataset.images) for dataset in datasets.values()), drawn
 
 
