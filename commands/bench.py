@@ -55,7 +55,7 @@ def bench_featurize(config: PhotoSettings, photos: PhotosOption = 32, repeats: R
 def bench_store(config: StoreSettings, photos: PhotosOption = 300, repeats: RepeatsOption = 5) -> None:
     """Reading a photo's features at random against copying them from a raw memory map."""
     from pipelines.bench.ratios import bench_store as run
-    from pipelines.bench.scale import bench_int8, int8_beside
+    from pipelines.bench.int8_reading import bench_int8, int8_beside
     from pipelines.store.convert import plain_store
     from pipelines.workspace import Workspace
 
@@ -154,7 +154,7 @@ def bench_all(config: AllSettings) -> None:
 
     --coco-dir, the photos of the store, adds featurizing; an int8 store in the workspace adds reading that.
     """
-    from pipelines.bench import model_speed, query_latency, ratios, scale, training_speed
+    from pipelines.bench import int8_reading, model_speed, query_latency, ratios, training_speed
     from pipelines.store.reader import FeatureStore
     from pipelines.workspace import write_text
     from sweeps.trial_overhead import bench_sweep
@@ -162,7 +162,7 @@ def bench_all(config: AllSettings) -> None:
     path, photos = store_of(config), config.coco_dir
     info = FeatureStore(path).info
     vit, size = info.backbone, info.image_size
-    small, batches = scale.int8_beside(path), TrainConfig().batches
+    small, batches = int8_reading.int8_beside(path), TrainConfig().batches
     runs = {
         "featurize": photos and (lambda: [ratios.bench_featurize(photos, vit, config.weights, size)]),
         "store": lambda: [ratios.bench_store(path)],
@@ -172,7 +172,7 @@ def bench_all(config: AllSettings) -> None:
         "training": lambda: training_speed.bench_training(config.workspace, batches=batches, store=path.name),
         "sweep": lambda: [bench_sweep(path)],
         "predict": lambda: query_latency.bench_predict(backbone=vit, image_size=size),
-        "int8": small and (lambda: scale.bench_int8(path, small)),
+        "int8": small and (lambda: int8_reading.bench_int8(path, small)),
     }
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks of its set-up otherwise
     about = ratios.machine()

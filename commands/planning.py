@@ -23,12 +23,12 @@ def plan(config: PlanConfig) -> None:
     variants = [variant.settings for variant in study.variants if variant.trained]
     tasks = [(ways, shots) for ways in study.ways for shots in study.shots for _ in study.prompts]
     with console.status("measuring on this machine what is not given"):
-        plan = plan_study(config, variants, tasks)
+        rows, stages = plan_study(config, variants, tasks)
     sizes = Table("what", "number", title="Sizes and rates", title_justify="left")
-    for row in plan.sizes.items():
+    for row in rows.items():
         sizes.add_row(*row)
     table = Table("stage", "hours", "MB/s of a node", "bottleneck", title_justify="left")
     table.title = f"{config.workers} workers on {config.nodes} nodes"
-    for stage in plan.stages:
+    for stage in stages:
         table.add_row(stage.name, f"{stage.hours:.3g}", f"{stage.read_mb:.0f}", stage.bottleneck)
-    console.print(sizes, table, f"together {sum(stage.hours for stage in plan.stages):.3g} hours", sep="\n")
+    console.print(sizes, table, f"together {sum(stage.hours for stage in stages):.3g} hours", sep="\n")

@@ -3,16 +3,15 @@
 Photos, features and weights are random: what they show changes no time, their sizes and counts do.
 """
 
-import json
 import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image as Pillow
 from torch import nn
 
 from la.backbone.vit import random_vit
@@ -21,20 +20,21 @@ from la.episodes.sampling import training_episode
 from pipelines.bench.cost import Rates, images_per_step
 from pipelines.bench.random_store import HEIGHT, WIDTH, made_up_dataset, made_up_features
 from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
+from pipelines.demo.scenes import draw_scenes
 from pipelines.episodes.episode_shards import ensure_episodes, pool_on, training_plan
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.store.featurize import featurize
 from pipelines.store.reader import FeatureStore
 from pipelines.training.loop import Worker, train_loop
 from pipelines.training.prepare import prepare, run_dir_of
-from pipelines.workspace import Workspace, write_text
+from pipelines.workspace import Workspace
 
-FEATURIZED = {"train": range(1, 24), "val": range(24, 25)}  # ids of photos
+FEATURIZED = 24  # photos
 # So few classes that the few photos made here show each often enough for five shots. Objects of a photo are as many as
 # COCO has of seen classes that are large enough to be drawn.
 PHOTOS, CLASSES_IN_USE, OBJECTS, CLASSES_A_PHOTO = 64, 16, 5, 2
 STEPS_A_KIND = 4  # of each kind of batch, on average
-EVALUATED = {(1, 1): 24, (2, 1): 24}  # (ways, shots): episodes timed
+EVALUATED, EPISODES = ((1, 1), (2, 1)), 24  # (ways, shots), and so many of each
 DRAWN = 200  # of each kind of batch, counted
 READ_BYTES, READ_AT_ONCE = 256_000_000, 1_000_000
 
@@ -49,23 +49,13 @@ def feature_shape(backbone: str, image_size: int) -> tuple[tuple[int, int], int]
 def measure_featurizing(folder: Path, backbone: str, image_size: int, **settings) -> float:
     """Photos a second of one worker: decoding, the ViT, writing. Loading the model is left out.
 
-    `settings` are others of FeaturizeConfig.
+    Photos are scenes as large as COCO's, and nearly as many bytes. `settings` are others of FeaturizeConfig.
     """
-    coco, rng = folder / "coco", np.random.default_rng(0)
-    for split, ids in FEATURIZED.items():
-        images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in ids]
-        content = {"images": images, "annotations": [], "categories": []}
-        write_text(coco / "annotations" / f"instances_{split}2017.json", json.dumps(content))
-        (coco / f"{split}2017").mkdir()
-        for image in images:
-            coarse = Pillow.fromarray(rng.integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), np.uint8))
-            photo = coarse.resize((WIDTH, HEIGHT), Pillow.Resampling.BICUBIC)  # about as many bytes as a real one has
-            photo.save(coco / f"{split}2017" / image["file_name"], quality=90)
+    scenes = draw_scenes(folder / "scenes", train_images=FEATURIZED - 1, val_images=1, size=(HEIGHT, WIDTH))
     weights = folder / "weights.safetensors"
     safetensors.torch.save_file(random_vit(backbone, image_size).state_dict(), weights)
     shape = {"backbone": backbone, "weights": weights, "image_size": image_size}
-    config = FeaturizeConfig(workspace=folder / "featurized", coco_dir=coco, **shape, **settings)
-    return featurize(config).images_per_second
+    return featurize(FeaturizeConfig(workspace=folder, coco_dir=scenes, **shape, **settings)).images_per_second
 
 
 def made_up_store(workspace: Path, backbone: str, image_size: int) -> Path:
@@ -101,22 +91,19 @@ def measure_training(config: TrainConfig, photos: float | None = None) -> Rates:
         return model
 
     started = time.perf_counter()
-    episodes = ensure_episodes(training_plan(config), _store_of(config)).manifest["episodes"]
-    draw = (time.perf_counter() - started) / episodes
+    store = FeatureStore(Workspace(config.workspace).find_store(config.store))
+    drawn = ensure_episodes(training_plan(config), store).manifest["episodes"]
+    draw = (time.perf_counter() - started) / drawn
     train_loop(prepare(config), Worker(wrap=watch), lambda _: None)
     # From call to call, so reading, the optimiser and all else is in it. The first step allocates.
     step = (calls[-1][0] - calls[1][0]) / sum(read for _, read in calls[1:-1])
     return Rates(step * (photos or images_per_step(config.batches)), _evaluation(config), draw)
 
 
-def _store_of(config: TrainConfig) -> FeatureStore:
-    return FeatureStore(Workspace(config.workspace).find_store(config.store))
-
-
 def _evaluation(config: TrainConfig) -> float:
     """Seconds of each photo of an episode, from the first batch of episodes on, by the training's checkpoint."""
     seconds = photos = 0.0
-    for (ways, shots), episodes in EVALUATED.items():
+    for ways, shots in EVALUATED:
         settings = EvaluateConfig(
             workspace=config.workspace,
             checkpoint=run_dir_of(config),
@@ -124,7 +111,7 @@ def _evaluation(config: TrainConfig) -> float:
             ways=ways,
             shots=shots,
             seeds=1,
-            episodes=episodes,
+            episodes=EPISODES,
             device=config.device,
             threads=config.threads,
         )
@@ -142,31 +129,22 @@ def photos_drawn(config: TrainConfig, dataset: Dataset) -> float:
     too few for a batch.
     """
     pool = pool_on(dataset, config.fold, config.classes, config.fold_lists)
-
-    def episode(index: int, ways: int, shots: int) -> int:
-        return 1 + len(training_episode(pool, "plan", index, ways, shots, config.prompts).supports)
-
     return statistics.fmean(
-        size * statistics.fmean(episode(index, ways, shots) for index in range(DRAWN))
+        size * (1 + len(training_episode(pool, "plan", index, ways, shots, config.prompts).supports))
         for size, ways, shots in config.batches
+        for index in range(DRAWN)
     )
 
 
 def measure_reading(folder: Path) -> float:
     """MB (1e6 bytes) a second that the disk of `folder` gives past the page cache, in pieces as large as features."""
-    file, rng = folder / "read-probe", np.random.default_rng(0)
-    pieces = READ_BYTES // READ_AT_ONCE
-    with open(file, "wb") as out:
-        for _ in range(pieces):
-            out.write(rng.bytes(READ_AT_ONCE))
-        out.flush()
-        os.fsync(out.fileno())
-        os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    with open(file, "rb", buffering=0) as content:
-        os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        file.write(rng.bytes(READ_BYTES))
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         started = time.perf_counter()
-        for number in rng.permutation(pieces):
-            os.pread(content.fileno(), READ_AT_ONCE, int(number) * READ_AT_ONCE)
-        seconds = time.perf_counter() - started
-    file.unlink()
-    return READ_BYTES / seconds / 1e6
+        for number in rng.permutation(READ_BYTES // READ_AT_ONCE).tolist():
+            os.pread(file.fileno(), READ_AT_ONCE, number * READ_AT_ONCE)
+        return READ_BYTES / (time.perf_counter() - started) / 1e6

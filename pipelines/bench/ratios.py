@@ -81,7 +81,7 @@ def workspace_beside(store: Path, folder: Path) -> Path:
 def bench_store(store_path: Path, images: int = 300, repeats: int = 5) -> BenchResult:
     """Reading images of a store in random order, copied out, against a raw .npy memory map of the same numbers.
 
-    Raises InputError for a store that is not float16: see `pipelines.bench.scale.bench_int8` for such.
+    Raises InputError for a store that is not float16: see `pipelines.bench.int8_reading.bench_int8` for such.
     """
     store = FeatureStore(store_path)
     if store.info.dtype != "float16":

@@ -93,7 +93,9 @@ class Search:
     def job(self, trial: FrozenTrial) -> TrialSpec:
         """The training of a trial and where its result goes."""
         name = f"trial-{trial.number:04d}"
-        return TrialSpec(Variant(name=name, title=name), train_config(self.config, trial.params), (), self.folder / f"{name}.json")
+        return TrialSpec(
+            Variant(name=name, title=name), train_config(self.config, trial.params), (), self.folder / f"{name}.json"
+        )
 
     def settle(self, number: int, result: FoldResult | None) -> None:
         """Tell Optuna how a trial ended, once; None for one that failed."""
