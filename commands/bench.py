@@ -54,8 +54,8 @@ def bench_featurize(config: PhotoSettings, photos: PhotosOption = 32, repeats: R
 @verb(app, StoreSettings, name="store")
 def bench_store(config: StoreSettings, photos: PhotosOption = 300, repeats: RepeatsOption = 5) -> None:
     """Reading a photo's features at random against copying them from a raw memory map."""
-    from pipelines.bench.ratios import bench_store as run
     from pipelines.bench.int8_reading import bench_int8, int8_beside
+    from pipelines.bench.ratios import bench_store as run
     from pipelines.store.convert import plain_store
     from pipelines.workspace import Workspace
 

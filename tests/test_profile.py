@@ -10,9 +10,8 @@ from typer.testing import CliRunner
 
 import cli
 from la.errors import InputError
-from pipelines.config import FeaturizeConfig
+from pipelines.config import FeaturizeConfig, ProfileConfig
 from pipelines.demo.scenes import draw_scenes
-from pipelines.config import ProfileConfig
 from pipelines.evaluation.profile import ProfileResult, ProfileRow, run_profile
 from pipelines.evaluation.profile_cell import Cell, Memory, measure
 from pipelines.store.featurize import featurize
