@@ -16,7 +16,6 @@ from la.data.folds import FoldLists
 from la.episodes.protocols import protocol_of
 from la.schedules import Schedule
 from pipelines.remote_path import PathOrUri
-from pipelines.workspace import digest
 
 Prompt = Literal["mask", "point", "box", "point_box", "mixed"]
 Recipe = Literal["small", "paper", "official", "hybrid"]
@@ -225,12 +224,14 @@ class OptimisationSettings(Settings):
         "Settings that belong together, of which given ones win: for a few hundred photos, the paper's, the released "
         "model's, the hybrid's; not given: the hybrid preset's own, else small.",
     )
+    init: str | None = setting(None, "A run's folder or a checkpoint file whose weights training starts from.")
     steps: int = setting(2000, "Optimisation steps.", ge=1)
     minutes: float | None = setting(None, "Stop at the first checkpoint after this long.", gt=0)
     lr: float = setting(3e-4, "Learning rate after warm-up.", gt=0)
     weight_decay: float = setting(0.01, "Weight decay of AdamW.", ge=0)
     warmup_steps: int = setting(100, "Steps of rising learning rate.", ge=0)
     schedule: Schedule = setting("cosine", "Course of the learning rate after warm-up.")
+    schedule_steps: int | None = setting(None, "Length of the schedule in steps; not given: --steps.", ge=1)
     loss: Literal["focal", "iou"] = setting("focal", "What is minimised, see la.evaluation.losses.")
     gamma: float = setting(2.0, "Exponent of the focal loss.", ge=0)
     class_weights: Literal["inverse", "log", "log_batch", "none"] = setting(
@@ -254,6 +255,7 @@ class TrainConfig(ModelSettings, OptimisationSettings, DeviceSettings, StoreSett
         "Workspace of another folder, featurized alike, to train on too, on all classes it labels but the unseen ones; "
         "may be given repeatedly.",
     )
+    name: str | None = setting(None, "Folder of the run in the workspace's runs; not given: named by its settings.")
     seed: int = setting(0, "Seed of weights and training episodes.")
     batches: tuple[tuple[int, int, int], ...] = setting(
         PAPER_BATCHES, "(B, N, K) of a worker's batches, one drawn for each step, such as 4x1x4,2x4x2.", min_length=1
@@ -283,12 +285,6 @@ class TrainConfig(ModelSettings, OptimisationSettings, DeviceSettings, StoreSett
         if "batches" in given or recipe not in RECIPES or not isinstance(scale, float | int) or not scale > 0:
             return known
         return known | {"batches": scaled_batches(recipe, scale)}
-
-    @property
-    def run_name(self) -> str:
-        """Name of the run's folder: readable, and a digest of every setting that changes the result."""
-        settings = self.model_dump(mode="json", exclude={"workspace", "threads", "device", "compile"})
-        return f"{self.preset}-fold{self.fold}-seed{self.seed}-{digest(settings, 8)}"
 
 
 class ProtocolSettings(Settings):

@@ -6,9 +6,10 @@ from typing import Protocol
 
 import numpy as np
 
+from pipelines.runs.code import git_sha
 from pipelines.store.reader import FeatureStore
 from pipelines.tracking.mlflow_runs import Run, Tracker, TrackingError, final_metrics, read_curve
-from pipelines.tracking.run_params import fold_params, git_sha, task_metrics
+from pipelines.tracking.run_params import fold_params, task_metrics
 from sweeps.paper_tables import Table
 from sweeps.results import FoldResult, last_line
 from sweeps.study import Variant

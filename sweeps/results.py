@@ -46,6 +46,7 @@ class FoldResult(Settings):
     scores: tuple[Score, ...] = ()
     impossible: dict[str, str] = Field(default_factory=dict)  # tasks for which there are too few images -> why
     seconds: float = 0.0
+    code: str | None = None  # digests of the code that trained it
 
     def score(self, ways: int, shots: int, prompt: str) -> Score | None:
         return next((s for s in self.scores if (s.ways, s.shots, s.prompt) == (ways, shots, prompt)), None)

@@ -22,7 +22,7 @@ Paper = Mapping[Task, float | tuple[float, ...]]  # mIoU in percent; a tuple has
 FOLDER = Path(__file__).parent / "studies"
 BUILT_IN = ("ablations", "prompts", "nway", "folds", "generalist")  # files in it
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*")
-SET_BY_SWEEP = {"workspace", "store", "fold", "fold_lists", "seed", "device", "threads"}
+SET_BY_SWEEP = {"workspace", "name", "store", "fold", "fold_lists", "seed", "device", "threads"}
 
 
 def task_title(ways: int, shots: int) -> str:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from fake_sweep import fake_store
 
 from pipelines.config import SearchConfig, TrainConfig
-from pipelines.workspace import Workspace
+from pipelines.runs.identity import run_dir_of, run_name
 
 STEPS, TRIALS = 60, 6
 
@@ -35,9 +35,11 @@ def fake_train(config: TrainConfig, on_report) -> SimpleNamespace:
     for step in range(config.val_every, config.steps + 1, config.val_every):
         seen = quality(config) * (0.5 + 0.5 * step / config.steps)
         on_report({"step": step, "loss": 1 / step, "lr": config.lr, "episodes_per_s": 5.0, "seen_miou": seen})
-    run_dir = Workspace(config.workspace).runs / config.run_name
+    run_dir = run_dir_of(config)
     metrics = {"seen_miou": quality(config), "train_seconds": 1.0}
-    return SimpleNamespace(run_dir=run_dir, checkpoint=run_dir / "best.pt", step=config.steps, metrics=metrics)
+    return SimpleNamespace(
+        run_dir=run_dir, checkpoint=run_dir / "best.pt", step=config.steps, metrics=metrics, code=None
+    )
 
 
 def main(workspace: Path, round_: int) -> None:
@@ -51,7 +53,7 @@ def main(workspace: Path, round_: int) -> None:
         if "mlflow" in sys.modules:
             raise RuntimeError("a worker has no need of MLflow")
         with open(calls, "a") as log:
-            log.write(f"{round_} {config.run_name}\n")
+            log.write(f"{round_} {run_name(config)}\n")
         while round_ == 1 and len(calls.read_text().splitlines()) > 3:
             time.sleep(0.1)
         return fake_train(config, on_report)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from pipelines.config import EvaluateConfig, SweepConfig, TrainConfig
+from pipelines.runs.identity import run_dir_of
 from pipelines.store.reader import StoreInfo, StoreSettings
 from pipelines.workspace import Workspace
 
@@ -54,7 +55,7 @@ def fake_config(workspace: Path, **changes: object) -> SweepConfig:
 
 def fake_train(config: TrainConfig, on_report) -> SimpleNamespace:
     """Reports and writes a curve like the real one, without a model."""
-    run_dir = Workspace(config.workspace).runs / config.run_name
+    run_dir = run_dir_of(config)
     run_dir.mkdir(parents=True, exist_ok=True)
     curve = [{"step": s, "loss": 1 / s, "lr": 1e-4, "episodes_per_s": 5.0} for s in range(10, config.steps + 1, 10)]
     curve[-1]["seen_miou"] = 20.0
@@ -62,7 +63,9 @@ def fake_train(config: TrainConfig, on_report) -> SimpleNamespace:
         on_report(point)
     (run_dir / "curve.jsonl").write_text("".join(json.dumps(point) + "\n" for point in curve))
     metrics = {"seen_miou": 21.0, "train_seconds": 1.0}
-    return SimpleNamespace(run_dir=run_dir, checkpoint=run_dir / "best.pt", step=config.steps, metrics=metrics)
+    return SimpleNamespace(
+        run_dir=run_dir, checkpoint=run_dir / "best.pt", step=config.steps, metrics=metrics, code=None
+    )
 
 
 def fake_evaluate(config: EvaluateConfig, on_progress) -> SimpleNamespace:

@@ -25,7 +25,7 @@ from pipelines.runs.checkpoints import (
     save,
     save_last,
 )
-from pipelines.training.prepare import run_dir_of
+from pipelines.runs.identity import run_dir_of
 from pipelines.training.run import train
 from pipelines.training.stop import Stopped
 from tests.test_training import featurized_scenes, settings

@@ -11,6 +11,7 @@ import cli
 from la.errors import InputError
 from la.model.label_anything import preset
 from pipelines.config import TrainConfig
+from pipelines.runs.identity import run_name
 from sweeps.search.search_run import SearchResult
 from sweeps.search.search_state import KEPT, Search, run_searched
 from sweeps.search.space import own_settings, train_command, train_config
@@ -137,7 +138,7 @@ def test_the_printed_command_is_the_very_training(tmp_path, monkeypatch, changes
         words = shlex.split(train_command(job.train, search.config.batch_scale))
         assert words[:2] == ["python", "cli.py"]
         CliRunner().invoke(cli.app, words[2:])
-        assert found.pop().run_name == job.train.run_name
+        assert run_name(found.pop()) == run_name(job.train)
 
 
 def test_the_table_ranks_trials_and_weighs_settings(tmp_path, long_search):

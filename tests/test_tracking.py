@@ -9,6 +9,7 @@ from fake_sweep import fake_store
 
 from la.errors import InputError
 from pipelines.config import EvaluateConfig, TrainConfig
+from pipelines.runs.identity import run_dir_of
 from pipelines.store.reader import FeatureStore
 from pipelines.tracking.mlflow_runs import Tracker, log_evaluation, log_training, serve_ui, ui_command
 from pipelines.tracking.run_params import NONE, fold_params, metric_key
@@ -127,7 +128,7 @@ def test_train_and_evaluate_log_what_they_did(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     fake_store(tmp_path)
     config = TrainConfig(workspace=tmp_path, steps=20)
-    run_dir = Workspace(tmp_path).runs / config.run_name
+    run_dir = run_dir_of(config)
     run_dir.mkdir(parents=True)
     (run_dir / "config.json").write_text(config.model_dump_json())
     (run_dir / "curve.jsonl").write_text('{"step": 10, "loss": 2.0}\n{"step": 20, "loss": 1.0, "seen_miou": 7.0}\n')

@@ -24,11 +24,12 @@ from pipelines.evaluation.evaluate import evaluate, extremes_of, score
 from pipelines.evaluation.methods import find_method, latest_run
 from pipelines.evaluation.shared_work import predictor
 from pipelines.runs.checkpoints import load, save
+from pipelines.runs.identity import run_dir_of
 from pipelines.runs.official_files import import_official
 from pipelines.store.featurize import featurize
 from pipelines.store.reader import FeatureStore
 from pipelines.training.loop import Worker, train_loop
-from pipelines.training.prepare import prepare, run_dir_of
+from pipelines.training.prepare import prepare
 from pipelines.training.run import train
 from pipelines.training.step_batches import read_ahead
 from pipelines.training.train_on_ray import STARTS, Desk
@@ -173,7 +174,7 @@ def test_a_run_does_not_go_on_with_the_features_of_another_store(workspace):
     config = settings(workspace, seed=21)
     run_dir = train(config).run_dir
     save(run_dir / "last.pt", load(run_dir / "last.pt") | {"store": "0123456789ab"})
-    with pytest.raises(InputError, match=r"was trained on the store 0123456789ab.*Pass --store"):
+    with pytest.raises(InputError, match=r"was trained on the store 0123456789ab.*Pass --name"):
         train(config)
 
 

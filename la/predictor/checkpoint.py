@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,15 @@ class Checkpoint:
     """A model in evaluation mode, and what a checkpoint says of itself.
 
     `features` names backbone, weights, weights_digest, image_size, preprocessing and layer; None where the checkpoint
-    does not say, as released ones. `digest` tells its weights from others.
+    does not say, as released ones. `digest` tells its weights from others. `training` holds the settings of its
+    training that it tells, among them `fold`.
     """
 
     model: LabelAnything | Hybrid
     features: dict[str, Any] | None
     name: str
     digest: str
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(source: Path | str) -> Checkpoint:
@@ -51,8 +53,9 @@ def read_checkpoint(source: Path | str) -> Checkpoint:
         saved = _of_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         model = load_state(saved).eval().requires_grad_(False)
         features = saved.get("features")
-        preset = json.loads(saved.get("train_config") or "{}").get("preset", saved.get("kind", "la"))
-        return Checkpoint(model, features, f"{preset}@{saved.get('step', 0)}", _digest(saved["state"]))
+        training = {"fold": saved.get("fold")} | json.loads(saved.get("train_config") or "{}")
+        name = f"{training.get('preset', saved.get('kind', 'la'))}@{saved.get('step', 0)}"
+        return Checkpoint(model, features, name, _digest(saved["state"]), training)
     except Exception as error:  # the unpickler's own, which is not exported, among many
         raise InputError(f"checkpoint {path} is not a Label Anything checkpoint ({error!s:.160}).") from error
 

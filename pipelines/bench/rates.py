@@ -23,10 +23,11 @@ from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.episodes.episode_shards import ensure_episodes, pool_on, training_plan
 from pipelines.evaluation.evaluate import evaluate
+from pipelines.runs.identity import run_dir_of
 from pipelines.store.featurize import featurize
 from pipelines.store.reader import FeatureStore
 from pipelines.training.loop import Worker, train_loop
-from pipelines.training.prepare import prepare, run_dir_of
+from pipelines.training.prepare import prepare
 from pipelines.workspace import Workspace
 
 FEATURIZED = 24  # photos

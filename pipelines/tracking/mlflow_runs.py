@@ -201,7 +201,7 @@ def log_training(config: TrainConfig, result: "TrainResult") -> None:
     params = fold_params(FeatureStore(workspace.find_store(config.store)), "train", config)
     metrics = final_metrics(result.step, result.metrics)
     curve = read_curve(result.run_dir)
-    Tracker(workspace).log_fold_run("train", config.run_name, config.run_name, params, metrics, curve)
+    Tracker(workspace).log_fold_run("train", result.run_dir.name, result.run_dir.name, params, metrics, curve)
 
 
 def log_evaluation(config: EvaluateConfig, result: "EvaluateResult") -> None:

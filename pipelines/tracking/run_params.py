@@ -1,9 +1,6 @@
 """What tells one run from another: params that every run carries, and how metrics are spelled."""
 
-import functools
-import subprocess
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from pipelines.config import EvaluateConfig, TrainConfig
@@ -51,21 +48,13 @@ def fold_params(
     return (
         {name: settings[name] for name in sorted(names)}
         | evaluated
-        | {"variant": variant, "fold": _values(c.fold for c in [train, *evaluations] if c), "git_sha": git_sha()}
+        | {
+            "variant": variant,
+            "fold": _values(c.fold for c in [train, *evaluations] if c),
+            "git_sha": git_commit() or "none",
+        }
         | {"store": store.key, "backbone": store.info.backbone, "image_size": store.info.image_size}
     )
-
-
-@functools.cache
-def git_sha() -> str:
-    """Commit of the code that runs, with `-dirty` where it was changed since; `none` outside a checkout."""
-    root = str(Path(__file__).parents[2])
-    try:
-        sha = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
-    return sha.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
 def _values(values: Iterable) -> str:

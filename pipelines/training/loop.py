@@ -16,7 +16,8 @@ from pipelines.evaluation.evaluate import score
 from pipelines.evaluation.shared_work import predictor
 from pipelines.runs.checkpoints import BEST, save, save_last
 from pipelines.training.prepare import Prepared
-from pipelines.training.state import TrainState, begin, checkpoint
+from pipelines.training.resume import LastCheckpoint, begin
+from pipelines.training.state import TrainState, checkpoint
 from pipelines.training.step_batches import pure_number, read_ahead
 from pipelines.workspace import write_text
 
@@ -37,8 +38,8 @@ class Worker:
     ask_rank0: Callable[[Callable[[], bool]], Callable[[], bool]] = lambda question: question
 
 
-def train_loop(prepared: Prepared, worker: Worker, on_report: Report) -> None:
-    """Train from the last checkpoint on; rank 0 validates, saves and reports.
+def train_loop(prepared: Prepared, worker: Worker, on_report: Report, last: LastCheckpoint | None = None) -> None:
+    """Train from the last checkpoint on, which is read here unless it is given; rank 0 validates, saves and reports.
 
     Without `result.json` at its end, it was asked to stop.
     """
@@ -46,7 +47,7 @@ def train_loop(prepared: Prepared, worker: Worker, on_report: Report) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
-    state = begin(prepared, device)
+    state = begin(prepared, last or LastCheckpoint(prepared), device)
     if (first := worker.from_rank0(state.step)) != state.step:  # shared storage may show nodes older files for a while
         raise RuntimeError(f"{run_dir}: rank 0 goes on from step {first}, rank {worker.rank} from {state.step}")
     state.starts.append(state.step)
@@ -68,6 +69,8 @@ def train_loop(prepared: Prepared, worker: Worker, on_report: Report) -> None:
             done = bool(worker.from_rank0(done or state.seconds > 60 * config.minutes))
         validating = validating or done or state.step % config.val_every == 0
         state.validation_due = False
+        if done and state.step % config.val_every:
+            state.note_before_end(state.step % REPORT_EVERY == 0)
         if validating or state.step % REPORT_EVERY == 0:
             if worker.rank == 0:
                 report(prepared, state, validating, device, worker.stop_requested, on_report)

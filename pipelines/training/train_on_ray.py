@@ -15,8 +15,9 @@ from la.errors import InputError
 from pipelines.cluster import ray_session, wait_for
 from pipelines.config import TrainConfig
 from pipelines.runs.checkpoints import LAST, full_disk_told
+from pipelines.runs.identity import run_dir_of
 from pipelines.training.loop import Worker, train_loop
-from pipelines.training.prepare import prepare, run_dir_of
+from pipelines.training.prepare import prepare
 from pipelines.training.stop import Notice, notice
 from pipelines.workspace import Workspace
 
@@ -94,7 +95,7 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
             ),
             run_config=RunConfig(
                 # a name of its own each time: the loop itself goes on from the run folder's checkpoint
-                name=f"{config.run_name}-{time.time_ns()}",
+                name=f"{run_dir_of(config).name}-{time.time_ns()}",
                 storage_path=str(Workspace(config.workspace).runs / "ray"),
                 failure_config=FailureConfig(max_failures=-1),  # the desk decides
             ),

@@ -16,8 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 from la.errors import InputError
 from la.model.label_anything import PRESETS
 from pipelines.config import SearchConfig
+from pipelines.runs.identity import run_dir_of
 from pipelines.store.reader import FeatureStore
-from pipelines.training.prepare import run_dir_of
 from pipelines.workspace import Workspace, digest, write_text
 from sweeps.plan import NOT_IN_DIGEST
 from sweeps.results import FoldResult

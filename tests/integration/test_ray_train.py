@@ -11,8 +11,8 @@ from pipelines.cluster import ray_session, wait_for
 from pipelines.config import FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.runs.checkpoints import load
+from pipelines.runs.identity import run_dir_of
 from pipelines.store.featurize import featurize
-from pipelines.training.prepare import run_dir_of
 from pipelines.training.run import train
 from pipelines.training.stop import Stopped
 from pipelines.training.train_on_ray import _takes_gpus

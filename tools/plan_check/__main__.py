@@ -23,14 +23,13 @@ BAR = 25  # percent that a prediction may be off
 @verb(app, PlanConfig, without=("workers", "nodes", "ram_gb", "folds", "seeds", "episodes"), defaults={"photos": 322})
 def run(
     config: PlanConfig,
-    weights: Annotated[Path | None, typer.Option(help="Local weights of the backbone.")] = None,
     clock: Annotated[Literal["wall", "cpu"], typer.Option(help="cpu: right on a busy machine.")] = "wall",
 ) -> None:
     """Featurize, train and evaluate on some photos, and compare."""
     shared = {"device": config.device, "threads": config.threads}
     how = config.model_dump(include={"preset", "recipe", "batch_scale", "steps"}, exclude_none=True)
     training = TrainConfig(**how, **shared)
-    vit = {"backbone": config.backbone, "image_size": config.image_size, "weights": weights}
+    vit = {"backbone": config.backbone, "image_size": config.image_size, "weights": config.weights}
     featurizing = FeaturizeConfig(coco_dir=config.coco_dir, **vit, **shared)
     seconds = time.perf_counter if clock == "wall" else time.process_time
     show(rehearse(featurizing, training, config.photos, seconds, partial(console.print, style="dim")))
