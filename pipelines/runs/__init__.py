@@ -1,1 +1,1 @@
-"""What a training run leaves on disk: its name, code and checkpoints. How it is resumed: `pipelines.training.resume`."""
+"""What a training run leaves on disk: name, code and checkpoints. How it is resumed: `pipelines.training.resume`."""

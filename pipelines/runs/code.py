@@ -26,7 +26,7 @@ class Code(BaseModel):
     """The code of one start of a run; `earlier` are the digests of starts before it that other code made."""
 
     digest: str
-    commit: str | None  # with "-dirty" where files were changed since; None outside a git checkout
+    commit: str  # see `git_sha`
     python: str  # digests of two versions do not compare, as their syntax trees differ
     earlier: list[str] = []
 
@@ -39,7 +39,7 @@ class Code(BaseModel):
         return self.python == other.python and self.digest != other.digest
 
     def __str__(self) -> str:
-        return f"commit {self.commit[:7]}, code {self.digest}" if self.commit else f"code {self.digest}"
+        return f"commit {self.commit[:7]} (code {self.digest})"
 
 
 @functools.cache
@@ -47,7 +47,7 @@ def code_now() -> Code:
     """The code of this process."""
     files = sorted({file for pattern in DECIDING for file in ROOT.glob(pattern)})
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return Code(digest=digest_of_files(files, ROOT), commit=git_commit(), python=python)
+    return Code(digest=digest_of_files(files, ROOT), commit=git_sha(), python=python)
 
 
 def digest_of_files(files: list[Path], root: Path) -> str:
@@ -55,25 +55,23 @@ def digest_of_files(files: list[Path], root: Path) -> str:
     total = hashlib.sha256()
     for file in files:
         tree = ast.parse(file.read_text())
-        for node in ast.walk(tree):
-            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            if documented and ast.get_docstring(node, clean=False) is not None:
+        documented: list = [tree]
+        for node in documented:
+            if ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:]
+            documented += [n for n in node.body if isinstance(n, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
         total.update(f"{file.relative_to(root)}\n{ast.dump(tree)}\n".encode())
     return total.hexdigest()[:8]
 
 
 @functools.cache
-def git_commit() -> str | None:
-    """The commit of the checkout that this file belongs to, with "-dirty" where tracked files were changed since."""
+def git_sha() -> str:
+    """Commit of the code that runs, with `-dirty` where it was changed since; `none` outside a checkout."""
+    git = ["git", "-C", str(ROOT)]
     try:
-        for command in (("ls-files", "--error-unmatch", __file__), ("describe", "--always", "--dirty", "--abbrev=40")):
-            asked = subprocess.run(
-                ["git", "-C", str(ROOT), *command, *(["--exclude=*"] if command[0] == "describe" else [])],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
+        # a checkout around an installed copy is that of another project
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
+        said = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run([*git, *said], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return asked.stdout.strip()
+        return "none"

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from pipelines.config import EvaluateConfig, TrainConfig
+from pipelines.runs.code import git_sha
 from pipelines.store.reader import FeatureStore
 
 
@@ -48,11 +49,7 @@ def fold_params(
     return (
         {name: settings[name] for name in sorted(names)}
         | evaluated
-        | {
-            "variant": variant,
-            "fold": _values(c.fold for c in [train, *evaluations] if c),
-            "git_sha": git_commit() or "none",
-        }
+        | {"variant": variant, "fold": _values(c.fold for c in [train, *evaluations] if c), "git_sha": git_sha()}
         | {"store": store.key, "backbone": store.info.backbone, "image_size": store.info.image_size}
     )
 

@@ -135,8 +135,8 @@ class LastCheckpoint:
         saved = load_last(run_dir)
         if saved and saved["store"] != key:
             raise InputError(
-                f"{run_dir} was trained on the store {saved['store']}, and the workspace has {key} now. Pass --name for "
-                f"a run of its own, or remove {run_dir}."
+                f"{run_dir} was trained on the store {saved['store']}, and the workspace has {key} now. Pass --name "
+                f"for a run of its own, or remove {run_dir}."
             )
         if saved:
             _refuse_more_steps(run_dir, self._prepared.config, saved["at"]["step"])

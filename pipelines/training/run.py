@@ -40,8 +40,8 @@ def train(config: TrainConfig, on_report: Report | None = None, code: OtherCode 
 
     `on_report` gets step, loss, lr, episodes_per_s, seconds and now and then seen_miou. `code`: whether a run that
     other code trained is trained again or kept. Raises InputError for an empty workspace, a fold outside 0-3, too few
-    images for the batches, a full disk, and what `pipelines.training.resume` refuses. SIGTERM, SIGUSR1 and Ctrl-C to this
-    process end the run after the step under way with a checkpoint, and raise Stopped.
+    images for the batches, a full disk, and what `pipelines.training.resume` refuses. SIGTERM, SIGUSR1 and Ctrl-C to
+    this process end the run after the step under way with a checkpoint, and raise Stopped.
     """
     prepared = prepare(config)  # mistakes are told before a folder is made
     run_dir, last = prepared.run_dir, LastCheckpoint(prepared)
@@ -81,10 +81,10 @@ def _point_to_shorter(prepared: Prepared) -> None:
         there = identity_in(result.parent, workspace)
         changed = differences(there, identity) if there else {}
         if changed.keys() == {"schedule_steps"}:
-            (length, now), folder = changed["schedule_steps"], result.parent
+            (length, now), shorter = changed["schedule_steps"], result.parent
             warnings.warn(
-                f"{folder} differs in the length of its learning-rate schedule alone, {length} steps in place of {now}, so "
-                f"this run starts anew. To start from its weights, pass --init {folder}.",
+                f"{shorter} differs in the length of its schedule alone, {length} steps in place of {now}, "
+                f"so this run starts anew. To start from its weights, pass --init {shorter}.",
                 OtherSchedule,
                 stacklevel=3,
             )
