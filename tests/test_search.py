@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_search import STEPS, TRIALS, fake_config, fake_train, quality
+from fake_sweep import fake_store
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -126,6 +127,7 @@ def test_a_failed_trial_does_not_count(tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"presets": ("hybrid",), "seed": 3, "batch_scale": 0.5, "workers": 2}])
 def test_the_printed_command_is_the_very_training(tmp_path, monkeypatch, changes):
+    fake_store(tmp_path / "more")  # the key of whose store is in a run's name
     search, _ = run(fake_config(tmp_path, **changes, also=(tmp_path / "more",)), 3)
     found = []
 
@@ -185,7 +187,9 @@ def test_the_last_validation_is_not_asked(tmp_path):
     def poor_at_the_end(config, on_report):
         on_report({"step": STEPS, "loss": 1.0, "seen_miou": 0.1})
         metrics = {"seen_miou": 0.1, "train_seconds": 1.0}
-        return SimpleNamespace(run_dir=tmp_path, checkpoint=tmp_path / "best.pt", step=STEPS, metrics=metrics)
+        return SimpleNamespace(
+            run_dir=tmp_path, checkpoint=tmp_path / "best.pt", step=STEPS, metrics=metrics, code=None
+        )
 
     _, result = run_next(search, poor_at_the_end)
     assert not result.stopped_early

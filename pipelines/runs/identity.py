@@ -10,6 +10,7 @@ Runs of earlier versions have config.json alone, and names that digest other set
 
 import json
 import re
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import tomli_w
 
 from la.errors import InputError
 from pipelines.config import TrainConfig
+from pipelines.runs.checkpoints import BEST, LAST, PREVIOUS, DamagedCheckpoint, load
 from pipelines.runs.code import Code
 from pipelines.workspace import Workspace, digest, write_text
 
@@ -74,10 +76,19 @@ def identity_in(run_dir: Path, workspace: Path) -> dict[str, Any] | None:
     try:
         if (run_dir / IDENTITY).exists():
             return json.loads((run_dir / IDENTITY).read_text())["settings"]
-        settings = json.loads((run_dir / CONFIG).read_text())
-        return identity_of(TrainConfig(**settings | {"workspace": workspace}))  # which may have been moved
+        settings = json.loads((run_dir / CONFIG).read_text()) | {"workspace": workspace}  # which may have been moved
+        settings["store"] = settings["store"] or _store_in(run_dir)
+        return identity_of(TrainConfig(**settings))
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _store_in(run_dir: Path) -> str | None:
+    """Key of the store that a run's checkpoints were trained on; None where no whole one is there."""
+    for name in (BEST, LAST, PREVIOUS):
+        with suppress(OSError, DamagedCheckpoint):
+            return load(run_dir / name)["store"]
+    return None
 
 
 def differences(there: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

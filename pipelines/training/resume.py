@@ -64,7 +64,9 @@ def settle(prepared: Prepared, choice: OtherCode) -> Code:
     run_dir, config, now = prepared.run_dir, prepared.config, code_now()
     if (run_dir / CONFIG).exists():
         there = identity_in(run_dir, config.workspace)
-        changed = differences(there, identity_of(config)) if there else {CONFIG: ("not readable", "")}
+        if there is None:
+            raise InputError(f"{run_dir / CONFIG} are no settings of a run. Pass another --name, or remove {run_dir}.")
+        changed = differences(there, identity_of(config))
         if changed:
             listed = "; ".join(f"{name} is {old} there, {new} now" for name, (old, new) in changed.items())
             raise InputError(
