@@ -19,6 +19,7 @@ from pipelines.remote_path import PathOrUri
 
 Prompt = Literal["mask", "point", "box", "point_box", "mixed"]
 Recipe = Literal["small", "paper", "official", "hybrid"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 StoredDtype = Literal["float16", "int8"]  # of features in a store; int8 has a scale per token
 # (B, N, K) of a training batch on one worker (section 5.2)
@@ -229,6 +230,12 @@ class OptimisationSettings(Settings):
     minutes: float | None = setting(None, "Stop at the first checkpoint after this long.", gt=0)
     lr: float = setting(3e-4, "Learning rate after warm-up.", gt=0)
     weight_decay: float = setting(0.01, "Weight decay of AdamW.", ge=0)
+    decay: Literal["all", "matrices"] = setting(
+        "all", "What weights decay; matrices: no norms, biases, learned tokens."
+    )
+    betas: tuple[Beta, Beta] = setting((0.9, 0.999), "Decay of AdamW's means of gradients and of their squares.")
+    clip: float | None = setting(None, "Largest norm of a step's gradients; not given: unclipped.", gt=0)
+    accumulate: int = setting(1, "Batches of a step on each worker; its loss is their mean.", ge=1)
     warmup_steps: int = setting(100, "Steps of rising learning rate.", ge=0)
     schedule: Schedule = setting("cosine", "Course of the learning rate after warm-up.")
     schedule_steps: int | None = setting(None, "Length of the schedule in steps; not given: --steps.", ge=1)

@@ -322,18 +322,18 @@ def test_workers_start_again_as_long_as_there_is_a_new_checkpoint_in_between():
     desk = Desk()
     assert all(desk.begin(mark) for mark in (None, None, 7, 7, 7, 8, *range(9, 40)))
     assert desk.verdict() is None
-    desk.fail("ValueError: odd", mistake=False)
+    desk.fail("ValueError: odd", mistake=None)
     assert [desk.begin(50) for _ in range(STARTS + 1)] == [True] * STARTS + [False]
-    assert desk.verdict() == ("ValueError: odd", False)
+    assert desk.verdict() == ("ValueError: odd", None)
 
 
 def test_a_users_mistake_is_not_tried_again():
     desk = Desk()
     assert desk.begin(None)
-    desk.fail("the disk is full", mistake=True)
-    desk.fail("RuntimeError: the other worker is gone", mistake=False)
+    desk.fail("the disk is full", mistake=InputError)
+    desk.fail("RuntimeError: the other worker is gone", mistake=None)
     assert not desk.begin(None)
-    assert desk.verdict() == ("the disk is full", True)
+    assert desk.verdict() == ("the disk is full", InputError)
 
 
 def _free_port():

@@ -116,5 +116,5 @@ def steps_of_epochs(config: TrainConfig, epochs: float) -> int:
     store = FeatureStore(Workspace(config.workspace).find_store(config.store))
     if not 0 < epochs < float("inf"):
         raise InputError(f"--epochs is {epochs:g}; expected a number above 0, such as 50.")
-    per_step = max(1, config.workers) * sum(b for b, _, _ in config.batches) / len(config.batches)
+    per_step = max(1, config.workers) * config.accumulate * sum(b for b, _, _ in config.batches) / len(config.batches)
     return max(1, round(epochs * len(store.image_ids("train")) / per_step))

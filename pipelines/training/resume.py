@@ -48,6 +48,7 @@ from pipelines.runs.code import Code, code_now
 from pipelines.runs.identity import CONFIG, IDENTITY, code_in, differences, identity_in, identity_of
 from pipelines.runs.initial_weights import initial_weights
 from pipelines.training.fit_matching import fit_matching
+from pipelines.training.optimiser import optimiser_of
 from pipelines.training.prepare import Prepared
 from pipelines.training.state import TrainState
 
@@ -204,7 +205,7 @@ def begin(prepared: Prepared, last: LastCheckpoint, device: torch.device) -> Tra
     elif saved is None and isinstance(model, Hybrid):
         pools = [pool_of(*source) for source in prepared.sources]
         fit_matching(model.matching, list(zip(pools, prepared.builders, strict=True)))
-    optimiser = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
+    optimiser = optimiser_of(model, config)
     length = config.schedule_steps or config.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: factor(config.schedule, step, config.warmup_steps, length)

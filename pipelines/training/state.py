@@ -27,6 +27,7 @@ class TrainState:
     best_miou: float = -1.0  # in percent
     curve: list[dict] = field(default_factory=list)  # all reports
     losses: list[Tensor] = field(default_factory=list)  # of the steps since the last report
+    unchecked: list[Tensor] = field(default_factory=list)  # (loss, gradient norm) of the steps since the last check
     validation_due: bool = False  # one was stopped, and comes before the next step
     starts: list[int] = field(default_factory=list)  # the step of each start
     before_end: dict | None = None  # see `note_before_end`
@@ -35,11 +36,12 @@ class TrainState:
     since: float = field(default_factory=time.perf_counter)
     _started: float = field(default_factory=time.perf_counter)  # of this start, less the seconds before
 
-    def advance(self, loss: Tensor, episodes: int) -> None:
-        """Count a step on so many episodes, of all workers."""
+    def advance(self, loss: Tensor, norm: Tensor, episodes: int) -> None:
+        """Count a step by its loss, the norm of its gradients and its episodes, of all workers."""
         self.step += 1
         self.seconds = time.perf_counter() - self._started
-        self.losses.append(loss.detach())
+        self.losses.append(loss)
+        self.unchecked.append(torch.stack([loss, norm]))
         self.episodes += episodes
 
     def measure(self) -> dict:

@@ -32,7 +32,7 @@ class Desk:
         self.reports: list[dict] = []
         self.stop = False
         self.failure = ""  # of the last worker that could tell
-        self.mistake = False  # whether the failure is the user's to fix, so that another start is of no use
+        self.mistake: type[InputError] | None = None  # of the user's to fix, so that another start is of no use
         self.mark: int | None = None
         self.starts = 0
 
@@ -43,7 +43,7 @@ class Desk:
         if self.starts > STARTS:
             self.failure = self.failure or "the workers were killed, most likely for lack of memory"
             return False
-        return not self.mistake
+        return self.mistake is None
 
     def report(self, metrics: dict) -> None:
         self.reports.append(metrics)
@@ -58,12 +58,12 @@ class Desk:
     def asked_to_stop(self) -> bool:
         return self.stop
 
-    def fail(self, failure: str, mistake: bool) -> None:
+    def fail(self, failure: str, mistake: type[InputError] | None) -> None:
         if not self.mistake:
             self.failure, self.mistake = failure, mistake
 
-    def verdict(self) -> tuple[str, bool] | None:
-        """(failure, whether it is the user's) of a run that was given up."""
+    def verdict(self) -> tuple[str, type[InputError] | None] | None:
+        """(failure, its kind where it is the user's to fix) of a run that was given up."""
         return (self.failure, self.mistake) if self.mistake or self.starts > STARTS else None
 
 
@@ -117,7 +117,7 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
             raise (failures or refused)[0]
         verdict = ray.get(desk.verdict.remote())
         if verdict and verdict[1]:
-            raise InputError(verdict[0])
+            raise verdict[1](verdict[0])
         if verdict:
             raise RuntimeError(f"training started {STARTS} times without reaching another checkpoint: {verdict[0]}")
         return stop_notice.signum
@@ -208,7 +208,7 @@ def _worker(settings: dict) -> None:
                 desk.report.remote,
             )
     except Exception as error:
-        mistake = isinstance(error, InputError)
+        mistake = type(error) if isinstance(error, InputError) else None
         ray.get(desk.fail.remote(str(error) if mistake else f"{type(error).__name__}: {error}", mistake))
         if not mistake or world > 1:  # others wait for this rank: by the error Ray ends them too
             raise

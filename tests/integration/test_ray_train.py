@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 
-from la.errors import InputError
+from la.errors import Diverged, InputError
 from pipelines.bench.training_speed import bench_training
 from pipelines.cluster import ray_session, wait_for
 from pipelines.config import FeaturizeConfig, TrainConfig
@@ -62,6 +62,13 @@ def test_ctrl_c_ends_workers_with_a_checkpoint_of_the_step_under_way(workspace):
         train(config, ctrl_c)
     assert stopped.value.exit_code == 130
     assert 10 <= load(run_dir_of(config) / "last.pt")["step"] < 400
+
+
+def test_training_that_diverges_on_workers_ends_with_one_message(workspace):
+    settings = {"workers": 2, "steps": 40, "batches": ((2, 1, 1),), "train_batches": 12, "threads": 1}
+    config = TrainConfig(workspace=workspace, preset="debug", lr=1e30, warmup_steps=0, val_every=1000, **settings)
+    with pytest.raises(Diverged, match=r"^Training diverged: step \d+ has the loss"):
+        train(config)
 
 
 def test_workers_take_gpus_where_the_cluster_has_them_whatever_this_machine_has(monkeypatch):

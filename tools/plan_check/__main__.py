@@ -6,7 +6,6 @@
 
 import time
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
