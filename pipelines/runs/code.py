@@ -18,7 +18,10 @@ DECIDING = (
     "pipelines/evaluation/evaluate.py",  # by its validations checkpoints are chosen
     "pipelines/evaluation/shared_work.py",
     *(f"pipelines/store/{module}.py" for module in ("annotations", "feature_shards", "reader")),
-    *(f"pipelines/training/{m}.py" for m in ("fit_matching", "loop", "prepare", "resume", "state", "step_batches")),
+    *(
+        f"pipelines/training/{m}.py"
+        for m in ("fit_matching", "loop", "optimiser", "prepare", "resume", "state", "step_batches")
+    ),
 )
 
 
