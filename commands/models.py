@@ -6,7 +6,18 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from commands.options import AddressOption, console, mistakes, progress_bar, say, verb
+from commands.options import (
+    AddressOption,
+    AgainOption,
+    KeepOption,
+    RegisterOption,
+    console,
+    mistakes,
+    other_code,
+    progress_bar,
+    say,
+    verb,
+)
 from la.errors import InputError
 from pipelines.config import EvaluateConfig, ProfileConfig, TrainConfig, WorkspaceSettings
 
@@ -23,15 +34,17 @@ def train(
         ),
     ] = None,
     address: AddressOption = None,
+    again: AgainOption = False,
+    keep: KeepOption = False,
+    register: RegisterOption = None,
 ) -> None:
     """Train the heads on the 60 seen classes of a fold. Killed and started again, it goes on from the last checkpoint.
 
     On Ctrl-C, SIGTERM or SIGUSR1 (Slurm, spot instances) it writes one after the step under way and ends with exit code
     130, 143 or 138; of the workers, send it to this process.
     """
-    from pipelines.tracking.mlflow_runs import log_training
+    from pipelines.tracking.job_runs import tracked_training
     from pipelines.training.prepare import steps_of_epochs
-    from pipelines.training.run import train as run
 
     if epochs is not None:
         config = config.model_copy(update={"steps": steps_of_epochs(config, epochs)})
@@ -48,9 +61,8 @@ def train(
                 spent = f"{report['seconds'] / 60:.1f} minutes"
                 bar.console.print(f"step {report['step']}: {numbers}, {spent}", highlight=False)
 
-        result = run(config, show)
+        result = tracked_training(config, show, register, other_code(again, keep))
         bar.update(task, completed=result.step)
-    log_training(config, result)
     seen, minutes = result.metrics["seen_miou"], result.metrics["train_seconds"] / 60
     say(
         f"step {result.step}: best mIoU on seen classes {seen:.1f}, {minutes:.1f} minutes",
@@ -68,7 +80,7 @@ def evaluate(
     """mIoU over the fold's classes, several seeds with mean and standard deviation, and each class's IoU."""
     from pipelines.evaluation.evaluate import evaluate as run
     from pipelines.evaluation.methods import with_checkpoint
-    from pipelines.tracking.mlflow_runs import log_evaluation
+    from pipelines.tracking.job_runs import log_evaluation
 
     chosen = with_checkpoint(config)
     if chosen != config:

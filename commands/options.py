@@ -41,6 +41,13 @@ AddressOption = Annotated[
         "RAY_ADDRESS says it as well).",
     ),
 ]
+AgainOption = Annotated[
+    bool, typer.Option("--again", help="Train anew what code from before has trained; the old is kept beside.")
+]
+KeepOption = Annotated[bool, typer.Option("--keep", help="Take what code from before has trained as it is.")]
+RegisterOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Put the best model into MLflow's model registry under this name.")
+]
 FILE_OPTIONS = {
     "config_file": (
         Path | None,
@@ -234,6 +241,13 @@ def _all_settings(kind: type[Settings]) -> Iterator[type[Settings]]:
     for each in kind.__subclasses__():
         yield each
         yield from _all_settings(each)
+
+
+def other_code(again: bool, keep: bool) -> str:
+    """What becomes of results that other code made: ask, again or keep. InputError where both are asked for."""
+    if again and keep:
+        raise InputError("--again and --keep exclude each other: train anew, or take what is there.")
+    return "again" if again else "keep" if keep else "ask"
 
 
 def progress_bar(*fields: str) -> Progress:

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from commands.options import AddressOption, console, mistakes, say, verb
+from commands.options import (
+    AddressOption,
+    AgainOption,
+    KeepOption,
+    RegisterOption,
+    console,
+    mistakes,
+    other_code,
+    say,
+    verb,
+)
 from pipelines.config import SearchConfig, SweepConfig, WorkspaceSettings
 from sweeps.study import BUILT_IN, Study, find_study
 
@@ -47,8 +57,15 @@ def add_study(name: str) -> None:
         from_file=True,
         goes_on=True,
     )
-    def command(config: SweepConfig, address: AddressOption = None, dry_run: DryRunOption = False) -> None:
-        run_study(config, study, dry_run)
+    def command(
+        config: SweepConfig,
+        address: AddressOption = None,
+        dry_run: DryRunOption = False,
+        again: AgainOption = False,
+        keep: KeepOption = False,
+        register: RegisterOption = None,
+    ) -> None:
+        run_study(config, study, dry_run, code=other_code(again, keep), register=register)
 
 
 for each in BUILT_IN:
@@ -66,12 +83,15 @@ def run_file(
     study: Annotated[Path, typer.Argument(help="A study: a .toml file, or a .py file whose study() returns the same.")],
     address: AddressOption = None,
     dry_run: DryRunOption = False,
+    again: AgainOption = False,
+    keep: KeepOption = False,
+    register: RegisterOption = None,
 ) -> None:
     """A study of your own: variants by name, grids, folds and seeds of training from one file. `sweep new` writes one.
 
     Options that are given win over the file.
     """
-    run_study(config, find_study(str(study)), dry_run)
+    run_study(config, find_study(str(study)), dry_run, code=other_code(again, keep), register=register)
 
 
 @sweep_app.command()
@@ -86,8 +106,8 @@ def new(file: Annotated[Path, typer.Argument(help="The .toml file to write.")]) 
         say(f"study: {file}", f"look at its trials: python cli.py sweep run {shlex.quote(str(file))} --dry-run")
 
 
-def run_study(config: SweepConfig, study: Study, dry_run: bool) -> None:
-    """Run a sweep, or print what it would run."""
+def run_study(config: SweepConfig, study: Study, dry_run: bool, **how: str | None) -> None:
+    """Run a sweep, or print what it would run. `how`: `code` and `register` of `run_sweep`."""
     if dry_run:
         from sweeps.forecast import forecast
 
@@ -98,7 +118,7 @@ def run_study(config: SweepConfig, study: Study, dry_run: bool) -> None:
     from sweeps.paper_tables import tables_of
     from sweeps.runner import run_sweep
 
-    result = run_sweep(config, console, command=shlex.join(["python", *sys.argv]), study=study)
+    result = run_sweep(config, console, command=shlex.join(["python", *sys.argv]), study=study, **how)
     finish_sweep(result, tables_of(result))
 
 

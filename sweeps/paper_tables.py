@@ -107,7 +107,7 @@ def task_table(result: SweepResult, layout: TableLayout, rows: Sequence[TableRow
                 cell += _beside(mean_of(scores_of(result, variant, task, prompt)), number)
     seeds = (len(config.train_seeds), "seeds of training"), (len(config.folds), "folds"), (config.seeds, "seeds")
     spread = next((f", ± over {what}" for count, what in seeds if count > 1), "")
-    notes = (_setting(result) + spread, *([layout.note] if layout.note else []), *_failures(result))
+    notes = (_setting(result) + spread, *([layout.note] if layout.note else []), *_remarks(result))
     return Table(layout.name, layout.title, ("", *columns), tuple(map(tuple, cells)), notes)
 
 
@@ -127,7 +127,7 @@ def fold_table(result: SweepResult, task: Task) -> Table:
     notes = (
         f"{_setting(result)}; [95 % of resampled episodes], of the mean as ±",
         "paper: COCO-20i, its rows for methods alike",
-        *_failures(result),
+        *_remarks(result),
     )
     columns = ("", *(f"fold {fold}" for fold in config.folds), "mean", "paper", "difference")
     name = f"table{number}-{task[0]}way-{task[1]}shot"
@@ -249,5 +249,10 @@ def _setting(result: SweepResult) -> str:
     return f"mIoU in % on unseen classes, {folds}, protocol {config.protocol}, {episodes}"
 
 
-def _failures(result: SweepResult) -> list[str]:
-    return [f"{name} failed: {last_line(reason)}" for name, reason in result.failed.items()]
+def _remarks(result: SweepResult) -> list[str]:
+    codes: dict[str, list[str]] = {}
+    for name, trial in result.results.items():
+        if trial.code:
+            codes.setdefault(trial.code, []).append(name)
+    mixed = [f"trained by code {code}: {', '.join(names)}" for code, names in codes.items()] if len(codes) > 1 else []
+    return mixed + [f"{name} failed: {last_line(reason)}" for name, reason in result.failed.items()]

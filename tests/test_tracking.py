@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 from fake_sweep import fake_store
+from pipelines.tracking.run_params import NONE, fold_params, metric_key
 
 from la.errors import InputError
 from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.runs.identity import run_dir_of
 from pipelines.store.reader import FeatureStore
 from pipelines.tracking.mlflow_runs import Tracker, log_evaluation, log_training, serve_ui, ui_command
-from pipelines.tracking.run_params import NONE, fold_params, metric_key
 from pipelines.workspace import Workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")

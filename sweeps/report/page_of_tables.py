@@ -11,7 +11,7 @@ from markupsafe import Markup
 from la.errors import InputError
 from pipelines.config import SweepConfig
 from pipelines.store.reader import FeatureStore
-from pipelines.tracking.mlflow_runs import read_curve
+from pipelines.tracking.job_runs import read_curve
 from pipelines.workspace import Workspace, write_text
 from sweeps.paper_tables import Table, scores_of, tables_of
 from sweeps.plan import plan_sweep
