@@ -10,7 +10,9 @@ from pipelines.store.reader import FeatureStore
 from pipelines.tracking.job_runs import final_metrics, log_best_model, read_curve
 from pipelines.tracking.mlflow_runs import Run, Tolerant, Tracker
 from pipelines.tracking.run_contents import (
+    changed,
     evaluation_inputs,
+    features_input,
     metric_key,
     settings_of,
     task_metrics,
@@ -65,6 +67,7 @@ class SweepRuns:
         params = {name: settings[name] for name in SWEEP_PARAMS if settings.get(name) is not None}
         self._sweep = tracker.open(self._study, plan.name, plan.name, "sweep", params)
         self._sweep.settings(settings | {"store": plan.store.key})
+        self._sweep.inputs([features_input(plan.store, "train", "training")])
         self._variants = {v.name: self._open_variant(v.name) for v in plan.variants}
         self._tolerate(self._stack.enter_context, tracker.watched(self._sweep))
 
@@ -126,8 +129,9 @@ class SweepRuns:
         trained = [job for job in jobs if job.name in results and results[job.name].checkpoint]
         if trained:
             best = max(trained, key=lambda job: fold_metrics(results[job.name]).get(headline, float("-inf")))
-            log_best_model(results[best.name].checkpoint, self._tracker, self._open(best), register)
-            self._open(best).close()
+            run = self._open(best)
+            log_best_model(results[best.name].checkpoint, self._tracker, [run, self._sweep], register)
+            run.close()
 
     def abort(self) -> None:
         """End whatever is open as KILLED, after an error of the driver itself."""
@@ -151,11 +155,15 @@ class SweepRuns:
         return run
 
     def _params(self, job: TrialSpec) -> dict[str, object]:
-        """What tells a trial from the others; a method without training has no settings of one."""
-        params = {"variant": job.variant.name, "method": job.variant.method, "fold": job.fold}
-        params |= {"seed": job.train.seed} if job.train else {}
+        """What tells a trial from the others: settings that vary, but not for the recipe's sake."""
+        # by a capital, since MLflow's page of a comparison first plots the first params by name
+        params = {"Variant": job.variant.name, "method": job.variant.method, "fold": job.fold}
+        if not job.train:
+            return params
+        params["seed"] = job.train.seed
         trainings = [other.train for other in self._plan.jobs if other.train]
-        return params | (training_params(job.train, varied(trainings)) if job.train else {})
+        beyond_recipe = {name for config in trainings for name in changed(config)}
+        return params | training_params(job.train, [name for name in varied(trainings) if name in beyond_recipe])
 
     def _key(self, job: TrialSpec) -> str:
         return f"{self._plan.name}/{job.name}"
@@ -205,11 +213,12 @@ class SweepRuns:
 
 
 def fold_metrics(result: FoldResult) -> dict[str, float]:
-    """The metrics of one fold's run; the evaluation's keys are the same for every variant."""
-    metrics = {"seconds": result.seconds} | (final_metrics(result.step, result.training) if result.training else {})
+    """The metrics of one fold's run; those of a training only where there was one."""
+    metrics = {}  # mIoU first: it is what MLflow's page of a comparison plots first
     for score in result.scores:
         metrics |= task_metrics((score.ways, score.shots, score.prompt), score)
-    return metrics
+    training = final_metrics(result.step, result.training) if result.training else {}
+    return metrics | {"seconds": result.seconds} | training
 
 
 def means(trials: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -239,7 +248,9 @@ def by_fold(folds: dict[int, dict[str, float]]) -> dict[str, float]:
 
 
 def markdown(table: Table) -> str:
-    """A table as Markdown, with its title and notes."""
-    rows = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.rows]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    """A table as Markdown, with its title and notes; it has no room for the differences to the paper."""
+    heads = table.heads
+    rows = [heads, ["---", *["---:"] * (len(heads) - 1)], *table.rows]
+    kept = [[cell for cell, head in zip(row, heads, strict=True) if head != "difference"] for row in rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in kept]
     return "\n".join([f"**{table.title}**", "", *lines, "", *(f"{note}  " for note in table.notes)])

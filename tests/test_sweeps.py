@@ -356,12 +356,12 @@ def test_every_study_plans_runs_and_tells(tmp_path, name):
 
 
 def test_means_over_folds_keep_their_names():
-    assert over_folds([{"miou": 20.0, "std_seeds": 1.0}, {"miou": 24.0, "std_seeds": 3.0}]) == {
-        "miou": 22.0,
-        "std_folds_miou": pytest.approx(8**0.5),
-        "std_seeds": 2.0,
+    assert over_folds([{"miou/a": 20.0, "std_seeds/a": 1.0}, {"miou/a": 24.0, "std_seeds/a": 3.0}]) == {
+        "miou/a": 22.0,
+        "std_folds/a": pytest.approx(8**0.5),
+        "std_seeds/a": 2.0,
     }
-    assert over_folds([{"miou": 20.0}]) == {"miou": 20.0}
+    assert over_folds([{"miou/a": 20.0}]) == {"miou/a": 20.0}
 
 
 def test_a_stopped_sweep_closes_all_its_runs_and_the_next_start_takes_them_up(tmp_path):
@@ -401,8 +401,8 @@ def test_a_stopped_sweep_closes_all_its_runs_and_the_next_start_takes_them_up(tm
     assert len(status()) == 7
     variant = tracker.find("ablations", f"{plan.name}/complete")
     metrics = tracker._client.get_run(variant.id).data.metrics
-    assert metrics["miou_1way_1shot_mask"] == 25.5
-    assert metrics["std_folds_miou_1way_1shot_mask"] == pytest.approx(0.5**0.5)
+    assert metrics["miou/1way-1shot-mask"] == 25.5
+    assert metrics["std_folds/1way-1shot-mask"] == pytest.approx(0.5**0.5)
 
 
 def test_a_tracker_that_fails_meanwhile_costs_no_trial(tmp_path, monkeypatch, caplog):

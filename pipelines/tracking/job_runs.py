@@ -3,18 +3,15 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from la.errors import InputError
 from pipelines.config import EvaluateConfig, TrainConfig
-from pipelines.evaluation.evaluate import EvaluateResult
-from pipelines.evaluation.methods import latest_run
 from pipelines.runs.identity import run_dir_of
 from pipelines.store.reader import FeatureStore
-from pipelines.tracking.mlflow_model import log_model
 from pipelines.tracking.mlflow_runs import Run, Tolerant, Tracker, TrackingError
 from pipelines.tracking.run_contents import (
     TASK,
@@ -25,10 +22,13 @@ from pipelines.tracking.run_contents import (
     training_inputs,
     training_params,
 )
-from pipelines.training.loop import Report
-from pipelines.training.resume import OtherCode
-from pipelines.training.run import TrainResult, train
 from pipelines.workspace import Workspace, digest
+
+if TYPE_CHECKING:  # a sweep's driver needs no more than what they make
+    from pipelines.evaluation.evaluate import EvaluateResult
+    from pipelines.training.loop import Report
+    from pipelines.training.resume import OtherCode
+    from pipelines.training.run import TrainResult
 
 CURVE_SECONDS = 2.0  # between requests while a training runs
 
@@ -37,15 +37,17 @@ logger = logging.getLogger(__name__)
 
 def tracked_training(
     config: TrainConfig,
-    on_report: Report = lambda _: None,
+    on_report: "Report" = lambda _: None,
     register: str | None = None,
-    code: OtherCode = "ask",
-) -> TrainResult:
+    code: "OtherCode" = "ask",
+) -> "TrainResult":
     """Train as `pipelines.training.run.train` does, with curves and the machine's load in MLflow meanwhile.
 
     `register` names the best model in the model registry. A tracker that fails while training runs costs a warning;
     TrackingError where it fails still at the end, InputError where it does not answer at the beginning.
     """
+    from pipelines.training.run import train
+
     with LiveTraining(config) as live:
 
         def report(metrics: dict) -> None:
@@ -88,7 +90,7 @@ class LiveTraining:
         self._tolerate(self._stack.__exit__, *error)
 
 
-def log_training(config: TrainConfig, result: TrainResult, register: str | None = None) -> None:
+def log_training(config: TrainConfig, result: "TrainResult", register: str | None = None) -> None:
     """Log how a training ended, whatever is missing of its run, and its best model; InputError as `log_model`."""
     tracker = Tracker(Workspace(config.workspace))
     file = result.run_dir / "result.json"
@@ -96,20 +98,27 @@ def log_training(config: TrainConfig, result: TrainResult, register: str | None 
     with _open(tracker, config, drawn) as run:
         run.curve(read_curve(result.run_dir))
         run.metrics(final_metrics(result.step, result.metrics))
-        log_best_model(result.checkpoint, tracker, run, register)
+        log_best_model(result.checkpoint, tracker, [run], register)
 
 
-def log_best_model(checkpoint: Path, tracker: Tracker, run: Run, register: str | None = None) -> None:
-    """Log a checkpoint as the run's model. Without a name to register, a failure is a warning."""
+def log_best_model(checkpoint: Path, tracker: Tracker, runs: Sequence[Run], register: str | None = None) -> None:
+    """Log a checkpoint as the model of the first run, which the others name too.
+
+    Without a name to register it by, a failure is a warning.
+    """
     try:
-        log_model(checkpoint, tracker, run.id, register)
+        from pipelines.tracking.mlflow_model import log_model
+
+        uri = log_model(checkpoint, tracker, runs[0].id, register)
+        for run in runs[1:]:
+            run.model(uri)
     except (TrackingError, InputError, OSError) as error:
         if register:
             raise
         logger.warning("%s is not in MLflow as a model: %s", checkpoint, error)
 
 
-def log_evaluation(config: EvaluateConfig, result: EvaluateResult) -> None:
+def log_evaluation(config: EvaluateConfig, result: "EvaluateResult") -> None:
     """The run of one evaluation; each class's IoU is in its `per_class.json`."""
     workspace = Workspace(config.workspace)
     store = FeatureStore(workspace.find_store(config.store))
@@ -155,6 +164,8 @@ def _training_of(config: EvaluateConfig, store: FeatureStore) -> TrainConfig | N
     """The training behind an evaluation's checkpoint; None for a baseline and for a checkpoint without its run."""
     if config.method != "la":
         return None
+    from pipelines.evaluation.methods import latest_run
+
     path = config.checkpoint or latest_run(config, store)
     try:
         return TrainConfig.model_validate_json(((path if path.is_dir() else path.parent) / "config.json").read_text())

@@ -31,13 +31,13 @@ def log_model(
 ) -> str:
     """Log a run's folder, its best.pt or "demo" as the model of an MLflow run; returns the model's URI.
 
-    What it takes and gives is told in `example_segmenter.py`. A backbone that comes from the hub is had from there when
-    the model is loaded; one from a file is kept in the model where `weights` names the file, and else named at loading:
-    `mlflow.pyfunc.load_model(uri, model_config={"weights": "dinov2.safetensors"})`. `register` adds a version to the
-    model of that name in the registry. Raises InputError for a checkpoint that cannot be read.
+    What it takes and gives is told in `example_segmenter.py`. A backbone of the hub is had from there when the model is
+    loaded. One from a file is kept in the model where `weights` names the file; else who loads the model names it:
+    `mlflow.pyfunc.load_model(uri, model_config={"predictor": {"weights": "dinov2.safetensors"}})`. `register` adds a
+    version to the model of that name in the registry. Raises InputError for a checkpoint that cannot be read.
     """
     with tempfile.TemporaryDirectory() as folder:
-        artifacts = {"checkpoint": str(_without_pickle(checkpoint, Path(folder) / "heads.safetensors"))}
+        artifacts = {"source": str(_without_pickle(checkpoint, Path(folder) / "heads.safetensors"))}
         artifacts |= {"weights": str(weights)} if weights else {}
         mlflow.set_tracking_uri(tracker.uri)
         with mlflow.start_run(run_id=run_id):
@@ -47,7 +47,7 @@ def log_model(
                 code_paths=[str(Path(la.__file__).parent)],
                 artifacts=artifacts,
                 pip_requirements=[f"{name}=={version(name)}" for name in REQUIRED],
-                model_config={"device": "auto"},
+                model_config={"predictor": {}},  # an empty one logs no params, yet lets loaders give some
                 signature=SIGNATURE,
                 input_example=example(),
                 registered_model_name=register,

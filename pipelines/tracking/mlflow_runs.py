@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from mlflow import MlflowClient
-from mlflow.entities import DatasetInput, Metric, Param, RunTag
+from mlflow.entities import DatasetInput, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException as TrackingError
 
 from la.errors import InputError
@@ -30,8 +30,11 @@ TAG_LENGTH = 5000  # characters MLflow keeps of a tag
 MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # MLflow shows runs, not traces
 
 logger = logging.getLogger(__name__)
-for name in ("mlflow.store.db.utils", "mlflow.system_metrics"):  # they announce every table and every start
-    logging.getLogger(name).setLevel(logging.WARNING)
+# They announce every table of a new database, every start, and every check.
+for name, level in (("store.db.utils", "WARNING"), ("system_metrics", "WARNING"), ("pyfunc", "WARNING")):
+    logging.getLogger(f"mlflow.{name}").setLevel(level)
+# A model that needs a file when it is loaded cannot be tried beforehand.
+logging.getLogger("mlflow.models.model").setLevel("ERROR")
 
 
 class Tracker:
@@ -177,6 +180,10 @@ class Run:
         """Log the data sets that were used; those that are there already are left out."""
         self._client.log_inputs(self.id, list(datasets))
 
+    def model(self, uri: str) -> None:
+        """Name a model that another run logged."""
+        self._client.log_outputs(self.id, [LoggedModelOutput(uri.removeprefix("models:/"), step=0)])
+
     def describe(self, markdown: str) -> None:
         """What the run's page begins with."""
         self._client.set_tag(self.id, "mlflow.note.content", markdown)
@@ -229,10 +236,13 @@ def ui_command(workspace: Workspace, host: str = "127.0.0.1", port: int = 5000) 
     return [*command, "--host", host, "--port", str(port), "--workers", "1"]
 
 
-def serve_ui(workspace: Workspace, host: str = "127.0.0.1", port: int = 5000) -> int:
-    """Serve MLflow's web pages until Ctrl-C; returns the server's exit code.
+def serve_ui(
+    workspace: Workspace, host: str = "127.0.0.1", port: int = 5000, say: Callable[[str], None] = print
+) -> int:
+    """Serve MLflow's web pages until Ctrl-C; returns the server's exit code. `say` gets a line for each experiment.
 
-    Raises InputError where nothing was tracked yet and where the port is taken.
+    Its address leads to the runs, where MLflow itself begins with pages for language models. Raises InputError where
+    nothing was tracked yet and where the port is taken.
     """
     command = ui_command(workspace, host, port)
     with socket.socket() as probe:
@@ -241,6 +251,9 @@ def serve_ui(workspace: Workspace, host: str = "127.0.0.1", port: int = 5000) ->
             probe.bind((host, port))
         except OSError as error:
             raise InputError(f"--port {port} on {host} cannot be used ({error.strerror}). Pass another.") from error
+    for experiment in MlflowClient(workspace.mlflow_uri).search_experiments(filter_string="name != 'Default'"):
+        page = f"#/experiments/{experiment.experiment_id}?workflowType=machine_learning"
+        say(f"{experiment.name}: http://{host}:{port}/{page}")
     # Job execution starts a second set of processes that nothing here uses: 24 s to the first page instead of 7 s.
     server = subprocess.Popen(command, env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
     try:

@@ -75,10 +75,19 @@ def source_tags() -> dict[str, str]:
     return resolve_tags() | {"mlflow.source.git.commit": commit, "mlflow.source.git.dirty": str(dirty).lower()}
 
 
+def features_input(store: FeatureStore, split: str, context: str) -> DatasetInput:
+    """A feature store as a data set; `context` is what MLflow shows it was used for."""
+    info = store.info
+    counts = info.splits.get(split)
+    photos = {"num_rows": counts.images, "annotations": counts.annotations} if counts else {}
+    profile = photos | {"split": split, "photos": info.coco_dir, "weights": info.weights, "dtype": info.dtype}
+    return _input(f"features-{info.backbone}-{info.image_size}px", store.key, store.path, context, profile)
+
+
 def training_inputs(config: TrainConfig, store: FeatureStore, episodes_digest: str | None = None) -> list[DatasetInput]:
     """Data sets of a training: its stores and, once they are drawn, its episodes."""
     others = [FeatureStore(Workspace(path).find_store()) for path in config.also]
-    inputs = [_features(one, "train", "training") for one in (store, *others)]
+    inputs = [features_input(one, "train", "training") for one in (store, *others)]
     if episodes_digest:
         folder = _episodes(store, "la-train", config.fold, "train")
         manifests = ((path, json.loads(path.read_text())) for path in folder.glob("*/manifest.json"))
@@ -92,20 +101,12 @@ def training_inputs(config: TrainConfig, store: FeatureStore, episodes_digest: s
 
 def evaluation_inputs(config: EvaluateConfig, store: FeatureStore, episodes_digest: str) -> Iterator[DatasetInput]:
     """Data sets of an evaluation: its store and its episodes. Equal digests are equal episodes, whatever the method."""
-    yield _features(store, config.split, "evaluation")
+    yield features_input(store, config.split, "evaluation")
     folder = _episodes(store, f"{config.protocol}-test", config.fold, config.split)
     task = f"{config.ways}way-{config.shots}shot-{config.prompt}"
     profile = {"num_rows": config.seeds * config.episodes, "seeds": config.seeds, "classes": config.classes}
     name = f"episodes-{config.protocol}-fold{config.fold}-{task}"
     yield _input(name, episodes_digest, folder, "evaluation", profile)
-
-
-def _features(store: FeatureStore, split: str, context: str) -> DatasetInput:
-    info = store.info
-    counts = info.splits.get(split)
-    photos = {"num_rows": counts.images, "annotations": counts.annotations} if counts else {}
-    profile = photos | {"split": split, "photos": info.coco_dir, "weights": info.weights, "dtype": info.dtype}
-    return _input(f"features-{info.backbone}-{info.image_size}px", store.key, store.path, context, profile)
 
 
 def _episodes(store: FeatureStore, protocol: str, fold: int, split: str) -> Path:
