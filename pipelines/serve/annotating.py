@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import Literal
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw
 from la.predictor.user_prompts import Box, Points, Prompt
 from pipelines.predict.mask_files import shape_of
 from pipelines.serve.jobs import Upload
+from pipelines.serve.result_files import template
 
 Tool = Literal["inside", "outside", "box", "brush", "eraser"]
 # Told apart by most colour-blind people as well (Okabe and Ito, "Color Universal Design", 2008); then around again.
@@ -90,26 +90,23 @@ class AnnotatedPhoto:
         mask = painted([m for m in mine if m.tool in ("brush", "eraser")], self.size)
         return [*prompts, mask] if mask.any() else prompts
 
-    def drawing(self, classes: Sequence[ShownClass], under_way: Mark | None = None) -> str:
-        """SVG, in pixels of the photo, of all marks, and of the one that is being made."""
-        marks = [*self.marks, under_way] if under_way else self.marks
+    def drawing(
+        self,
+        classes: Sequence[ShownClass],
+        under_way: Mark | None = None,
+        cursor: tuple[float, float] | None = None,
+    ) -> str:
+        """SVG, in pixels of the preview, of all marks, and of the one that is being made."""
         height, width = self.size
-        unit = max(height, width) / 100
-        parts = []
-        for one in classes:
-            strokes = [m for m in marks if m.number == one.number and m.tool in ("brush", "eraser")]
-            if strokes:
-                lines = "".join(_line(m, "white" if m.tool == "brush" else "black") for m in strokes)
-                parts.append(f'<mask id="painted-{one.number}">{lines}</mask>')
-                parts.append(
-                    f'<rect width="{width}" height="{height}" fill="{one.colour}" fill-opacity="0.55" '
-                    f'mask="url(#painted-{one.number})"/>'
-                )
-        colours = {one.number: one for one in classes}
-        for mark in marks:
-            if mark.number in colours:
-                parts.append(_shape(mark, colours[mark.number], unit))
-        return "".join(parts)
+        return template("marks.svg").render(
+            classes={one.number: one for one in classes},
+            marks=[*self.marks, under_way] if under_way else self.marks,
+            cursor=cursor,
+            scale=1 / self.reduction,
+            height=height,
+            width=width,
+            unit=max(height, width) / 100,
+        )
 
 
 class Session:
@@ -204,31 +201,3 @@ def _annotation(prompt: Prompt) -> dict:
     if isinstance(prompt, Points):
         return {"points": [[*p, 1] for p in prompt.inside] + [[*p, 0] for p in prompt.outside], "area": 0}
     return shape_of(prompt) | {"area": int(prompt.sum())}
-
-
-def _line(mark: Mark, colour: str) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (*mark.path, mark.path[-1]))
-    return (
-        f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{mark.width:.1f}" '
-        'stroke-linecap="round" stroke-linejoin="round"/>'
-    )
-
-
-def _shape(mark: Mark, of: ShownClass, unit: float) -> str:
-    """A point as a circle with + or -, a box as a frame, each on a dark edge that is seen on any photo."""
-    title = f"<title>{escape(of.name)}</title>"
-    (x, y), (x1, y1) = mark.path[0], mark.path[-1]
-    if mark.tool == "box":
-        frame = f'<rect x="{x:.1f}" y="{y:.1f}" width="{x1 - x:.1f}" height="{y1 - y:.1f}" fill="none" '
-        edge = f'{frame} stroke="black" stroke-width="{1.4 * unit:.2f}"/>'
-        return f'<g>{title}{edge}{frame} stroke="{of.colour}" stroke-width="{0.8 * unit:.2f}"/></g>'
-    if mark.tool in ("inside", "outside"):
-        arm = 0.9 * unit
-        cross = f"M{x - arm:.1f},{y:.1f}h{2 * arm:.1f}"
-        cross += f"M{x:.1f},{y - arm:.1f}v{2 * arm:.1f}" if mark.tool == "inside" else ""
-        disc = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{1.8 * unit:.2f}" fill="{of.colour}" stroke="black" '
-        return (
-            f'<g>{title}{disc} stroke-width="{0.4 * unit:.2f}"/>'
-            f'<path d="{cross}" stroke="{of.text_colour}" stroke-width="{0.5 * unit:.2f}"/></g>'
-        )
-    return ""

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from PIL import Image
 
 from pipelines.serve.jobs import PREVIEW, ClassSet, Jobs, Preview, Upload
 from pipelines.serve.queue import Timed
-from pipelines.serve.result_files import Colour, coco_document, png
+from pipelines.serve.result_files import Colour, coco_document, png, template
 from pipelines.serve.service import Service
 from pipelines.serve.widgets import data_url, download_button, warn
 
@@ -89,37 +88,20 @@ class Queries:
         for query in self._queries:
             with ui.card().classes("w-full gap-2").props("flat bordered"):
                 ui.label(query.upload.name).classes("font-medium break-all")
-                mask, alt = "", escape(query.upload.name)
+                ui.html(_markup(query), sanitize=False).classes("w-full")
                 if query.shown:
-                    mask = f'<img class="mask" src="{query.shown.overlay}" alt="Mask of {alt}">'
-                image = (
-                    f'<div class="stack {"masked" if mask else ""}"><img src="{query.preview}" alt="{alt}">{mask}</div>'
-                )
-                ui.html(image, sanitize=False).classes("w-full")
-                if query.shown:
-                    _about(query.upload.name, query.shown)
+                    file = f"{query.upload.name}.mask.png"
+                    button = download_button("PNG", partial(ui.download.content, query.shown.png, file))
+                    button.props["aria-label"] = f"Download the mask of {query.upload.name} as PNG"
 
 
-def _about(name: str, shown: QueryResult) -> None:
-    supports = shown.class_set.supports
-    scores = zip(supports.classes, shown.colours, shown.scores, strict=True)
-    legend = "".join(
-        f'<li><span class="swatch" style="background:rgb{colour}"></span> {escape(one)} '
-        f"{f'{score:.2f}' if score else '(not found)'}</li>"
-        for one, colour, score in scores
-    )
-    ui.html(f'<ul style="display:flex;flex-wrap:wrap;gap:0 1rem">{legend}</ul>', sanitize=False)
-    ui.label(f"{shown.seconds:.2f} s, after {shown.queue_seconds:.2f} s in the queue").classes("text-sm")
-    if shown.moved is not None:
-        ui.label("Without this support, so much of the result would be different:").classes("text-sm")
-        for support, share in zip(supports.supports, shown.moved, strict=True):
-            with ui.row().classes("items-center w-full no-wrap gap-2 text-sm"):
-                ui.label(support.name).classes("truncate w-32 shrink-0")
-                bar = ui.linear_progress(share, show_value=False, size="10px").classes("grow")
-                bar.props["aria-label"] = f"{support.name}: {share:.0%}"
-                ui.label(f"{share:.0%}").classes("w-10 text-right shrink-0")
-    button = download_button("PNG", partial(ui.download.content, shown.png, f"{name}.mask.png"))
-    button.props["aria-label"] = f"Download the mask of {name} as PNG"
+def _markup(query: Query) -> str:
+    legend, moved = [], []
+    if shown := query.shown:
+        supports = shown.class_set.supports
+        legend = list(zip(supports.classes, shown.colours, shown.scores, strict=True))
+        moved = [(support.name, share) for support, share in zip(supports.supports, shown.moved or (), strict=False)]
+    return template("query.html").render(query=query, shown=shown, legend=legend, moved=moved)
 
 
 def _shown(class_set: ClassSet, done: Timed, colours: tuple[Colour, ...]) -> QueryResult:

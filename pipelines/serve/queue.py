@@ -49,7 +49,7 @@ class JobQueue:
 
     def _timed(self, came: float, job: Job, args: tuple) -> Timed:
         value, seconds = self._do(job, args)
-        return Timed(value, seconds, max(0.0, time.perf_counter() - came - seconds))
+        return Timed(value, round(seconds, 4), round(max(0.0, time.perf_counter() - came - seconds), 4))
 
     def _one_done(self, _: object) -> None:
         with self._lock:

@@ -1,14 +1,17 @@
-"""Results and annotations as files: one COCO document, PNG with the user's colours."""
+"""Results and annotations as files: one COCO document, PNG with the user's colours, and parts of the page."""
 
 import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
 from pycocotools import mask as rle_tools
 
 from pipelines.predict.mask_files import coco_results, indexed, palette
 
 Colour = tuple[int, int, int]  # RGB
+# The parts of the page that are markup, beside this module; what is put into them cannot become markup.
+template = Environment(loader=PackageLoader("pipelines.serve", "."), autoescape=True).get_template
 
 
 def coco_document(photos: Iterable[tuple[str, np.ndarray, Sequence[float]]], classes: Sequence[str]) -> dict:
