@@ -117,7 +117,7 @@ class Page:
 
     def _supports_part(self) -> None:
         with section("2. Support photos") as card:
-            self._canvas = Canvas(self._session, warn)
+            self._canvas = Canvas(self._session, warn)  # first, as the tools are bound to it
             self._upload("Drop support photos here, or press +", Page._support_came, "Add support photos")
             self._thumbnails()
             with ui.row().classes("items-center gap-2 w-full"):
