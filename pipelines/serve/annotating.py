@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 from la.predictor.user_prompts import Box, Points, Prompt
-from pipelines.predict.mask_files import shape_of
+from pipelines.predict.mask_files import coco_file, shape_of
 from pipelines.serve.jobs import Upload
 from pipelines.serve.result_files import template
 
@@ -28,7 +28,7 @@ class ShownClass:
 
     @property
     def rgb(self) -> tuple[int, int, int]:
-        return tuple(bytes.fromhex(self.colour[1:]))
+        return ImageColor.getrgb(self.colour)
 
     @property
     def text_colour(self) -> str:
@@ -69,14 +69,18 @@ class AnnotatedPhoto:
 
     def prompts(self, classes: Sequence[ShownClass]) -> dict[str, list[Prompt]]:
         """Class name -> prompts; classes without any, and those with points beside the object alone, are absent."""
-        found = {one.name: self._prompts_of(one.number) for one in classes}
-        return {name: prompts for name, prompts in found.items() if any(map(_shows, prompts))}
+        marked = {one.name: self._prompts_of(one.number) for one in classes}
+        return {
+            name: prompts
+            for name, prompts in marked.items()
+            if any(not isinstance(prompt, Points) or prompt.inside for prompt in prompts)
+        }
 
     def annotations(self, classes: Sequence[ShownClass]) -> list[dict]:
         """The prompts as COCO annotations, by `category_id` = position of the class from 1 on."""
         kept = self.prompts(classes)
         return [
-            {"category_id": at, "iscrowd": 0, **_annotation(prompt)}
+            {"category_id": at, **_annotation(prompt)}
             for at, one in enumerate(classes, 1)
             for prompt in kept.get(one.name, ())
         ]
@@ -161,14 +165,8 @@ class Session:
 
     def support_file(self) -> dict:
         """The classes and marks as a COCO file, as `cli.py predict --support` reads it beside the photos."""
-        images, annotations = [], []
-        for image_id, photo in enumerate(self.photos, 1):
-            height, width = photo.size
-            images.append({"id": image_id, "file_name": photo.upload.name, "height": height, "width": width})
-            for one in photo.annotations(self.classes):
-                annotations.append({"id": len(annotations) + 1, "image_id": image_id, **one})
-        categories = [{"id": at, "name": one.name} for at, one in enumerate(self.classes, 1)]
-        return {"images": images, "annotations": annotations, "categories": categories}
+        photos = [(photo.upload.name, photo.size, photo.annotations(self.classes)) for photo in self.photos]
+        return coco_file(photos, [one.name for one in self.classes])
 
 
 def corners(path: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -188,10 +186,6 @@ def painted(strokes: Sequence[Mark], size: tuple[int, int]) -> np.ndarray:
         for x, y in mark.path:
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
     return np.asarray(canvas).copy()
-
-
-def _shows(prompt: Prompt) -> bool:
-    return not isinstance(prompt, Points) or bool(prompt.inside)
 
 
 def _annotation(prompt: Prompt) -> dict:

@@ -23,7 +23,7 @@ from pipelines.store.feature_shards import ShardNote, StoreSettings, open_shard,
 from pipelines.store.featurize_on_ray import make_with_ray
 from pipelines.store.reader import SplitInfo, StoreInfo, finish_store, read_info
 from pipelines.store.remote_store import RemoteStores
-from pipelines.store.shard_maker import Shard, ShardMaker
+from pipelines.store.shard_maker import Shard, ShardMaker, described
 from pipelines.workspace import Workspace, locked
 
 SPLITS = ("train", "val")
@@ -179,8 +179,13 @@ def _make_missing(
             progress.update(bar, advance=images, rate=f"{done / (now - started):.1f} images/s")
 
         for shard, note in make_shards(config, settings, missing, advance):
+            file, first = next(iter(notes.items()), (shard.file, note))
+            if note.weights_digest != first.weights_digest:
+                raise InputError(
+                    f"{file} was made with other weights ({first.weights_digest[:12]}) than those loaded now "
+                    f"({note.weights_digest[:12]}): they changed since. Remove {file.parent.parent}, or restore them."
+                )
             notes[shard.file] = note
-            _same_weights(note, notes)
             if remote:
                 remote.put(shard.file.parents[1], shard_file(shard.split, shard.number))
     return time.perf_counter() - (started or 0.0)
@@ -196,15 +201,6 @@ def make_shards(
         maker = ShardMaker(config, settings)
         for shard in missing:
             yield shard, maker.make(shard, advance)
-
-
-def _same_weights(note: ShardNote, notes: dict[Path, ShardNote]) -> None:
-    file, first = next(iter(notes.items()))
-    if note.weights_digest != first.weights_digest:
-        raise InputError(
-            f"{file} was made with other weights ({first.weights_digest[:12]}) than those loaded now "
-            f"({note.weights_digest[:12]}): they changed since. Remove {file.parent.parent}, or restore them."
-        )
 
 
 def without(dataset: Dataset, skipped: dict[str, str]) -> Dataset:
@@ -230,17 +226,13 @@ def _describe(
         about[split] = SplitInfo(name=name, images=len(kept.images), annotations=annotations, skipped=skipped)
         if not kept.images:
             raise InputError(f"{splits[split][0]} leaves no usable photo for {split}; expected at least one.")
-    any_note = next(iter(notes.values()))
     return StoreInfo(
         key=settings.key,
         settings=settings,
-        weights_digest=any_note.weights_digest,
-        patch_size=any_note.patch_size,
-        channels=any_note.channels,
-        grid=any_note.grid,
         splits=about,
         shards={file.relative_to(store).as_posix(): note.features_sha256 for file, note in sorted(notes.items())},
         coco_dir=str(config.coco_dir),
         batch_size=config.batch_size,
         software={name: importlib.metadata.version(name) for name in ("torch", "timm", "pyarrow", "pillow")},
+        **described(next(iter(notes.values()))),
     )
