@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 
 from la.backbone.vit import Backbone, identify_weights, load_backbone
@@ -21,7 +20,7 @@ DEMO = "demo"
 _HERE = Path(__file__).parent
 DEMO_CHECKPOINT = _HERE / "hybrid_demo.safetensors"
 BUNDLED_WEIGHTS = {"vit_demo_patch8_128": _HERE / "vit_demo.safetensors"}
-_HEADER = "label_anything"
+HEADER = "label_anything"  # the key in a .safetensors of all but the tensors, as JSON
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Checkpoint:
 
 
 def read_checkpoint(source: Path | str) -> Checkpoint:
-    """A run's folder or `best.pt`, a .safetensors of `write_safetensors`, or "demo".
+    """A run's folder or `best.pt`, a .safetensors with all but the tensors as JSON in its header, or "demo".
 
     Raises InputError for one that is missing or no checkpoint.
     """
@@ -58,13 +57,6 @@ def read_checkpoint(source: Path | str) -> Checkpoint:
         return Checkpoint(model, features, name, _digest(saved["state"]), training)
     except Exception as error:  # the unpickler's own, which is not exported, among many
         raise InputError(f"checkpoint {path} is not a Label Anything checkpoint ({error!s:.160}).") from error
-
-
-def write_safetensors(path: Path, saved: Mapping[str, Any]) -> None:
-    """A checkpoint without pickle: its tensors, the rest as JSON in the header."""
-    rest = {name: value for name, value in saved.items() if name != "state"}
-    state = {name: tensor.contiguous() for name, tensor in saved["state"].items()}
-    safetensors.torch.save_file(state, path, {_HEADER: json.dumps(rest)})
 
 
 def backbone_of(
@@ -109,7 +101,7 @@ def backbone_of(
 
 def _of_safetensors(path: Path) -> dict[str, Any]:
     with safetensors.safe_open(path, "pt") as file:
-        header = json.loads(file.metadata()[_HEADER])
+        header = json.loads(file.metadata()[HEADER])
         return header | {"state": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118  no mapping
 
 
