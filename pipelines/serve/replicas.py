@@ -131,13 +131,6 @@ def _until_running(name: str, count: int) -> None:
         time.sleep(0.2)
 
 
-class ReplicaShare(NamedTuple):
-    """Of the cluster for one replica."""
-
-    cpus: float
-    gpus: float
-
-
 @contextmanager
 def replicas_queue(config: ServeConfig) -> Iterator[JobQueue]:
     """The queue before `config.replicas` models, until the end of the block.
@@ -146,21 +139,21 @@ def replicas_queue(config: ServeConfig) -> Iterator[JobQueue]:
     """
     with ray_session():
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns of every slow answer
-        share = share_of(config, node_resources())
-        device = config.device if not share.gpus else "cuda"  # a replica sees its own GPU alone
+        cpus, gpus = share_of(config, node_resources())
+        device = config.device if not gpus else "cuda"  # a replica sees its own GPU alone
         checkpoint = config.checkpoint if config.checkpoint == DEMO else os.path.abspath(config.checkpoint)
         its = {
             "checkpoint": checkpoint,
             "weights": config.weights and config.weights.absolute(),
             "device": "cpu" if device == "auto" else device,
-            "threads": config.threads or max(1, int(share.cpus)),
+            "threads": config.threads or max(1, int(cpus)),
         }
         model = serve.deployment(
             Replica,
             name="model",
             num_replicas=config.replicas,
             max_ongoing_requests=1,
-            ray_actor_options={"num_cpus": share.cpus, "num_gpus": share.gpus},
+            ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
             health_check_period_s=2,  # 10 by default: so long a replica that died would not be missed
             graceful_shutdown_timeout_s=5,
             logging_config={"log_level": "WARNING"},
@@ -180,8 +173,8 @@ def replicas_queue(config: ServeConfig) -> Iterator[JobQueue]:
             serve.delete(name)
 
 
-def share_of(config: ServeConfig, nodes: list[dict[str, float]]) -> ReplicaShare:
-    """What one replica gets of nodes with these resources, so that all have room.
+def share_of(config: ServeConfig, nodes: list[dict[str, float]]) -> tuple[float, float]:
+    """CPUs and GPUs that one replica gets of nodes with these resources, so that all have room.
 
     Without --threads the CPUs are shared; GPUs are, where there are fewer of them than replicas. Raises InputError
     where there is no room.
@@ -201,7 +194,7 @@ def share_of(config: ServeConfig, nodes: list[dict[str, float]]) -> ReplicaShare
     wanted = [config.threads] if config.threads else [*range(int(all_cpus / count), 0, -1), *parts]
     for cpus in wanted:
         if room(cpus):
-            return ReplicaShare(cpus, gpu)
+            return cpus, gpu
     there = (f"a node of {node.get('CPU', 0):.0f} CPUs and {node.get('GPU', 0):.0f} GPUs" for node in nodes)
     threads = f" times --threads {config.threads}" if config.threads else ""
     raise InputError(f"--replicas {count}{threads}: Ray has {', '.join(there)}. Pass fewer.")

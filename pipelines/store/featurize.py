@@ -76,7 +76,16 @@ def featurize(config: FeaturizeConfig, console: Console | None = None) -> Featur
     if not config.features and (store / "store.json").exists():
         return _finished(store)  # only read, whoever holds it
     with locked(store, wait=False):
-        return _make_store(store, config, settings, splits, console or Console(stderr=True))
+        remote = RemoteStores(config.features) if config.features else None
+        if remote:
+            remote.pull_unfinished(store)
+        if (store / "store.json").exists():
+            report = _finished(store)
+        else:
+            report = _make_store(store, config, settings, splits, remote, console or Console(stderr=True))
+        if remote:
+            remote.push(store)
+        return report
 
 
 def _finished(store: Path) -> FeaturizeReport:
@@ -89,17 +98,10 @@ def _make_store(
     config: FeaturizeConfig,
     settings: StoreSettings,
     splits: dict[str, tuple[Path, Path]],
+    remote: RemoteStores | None,
     console: Console,
 ) -> FeaturizeReport:
     """Make what is missing of `store`, which this process holds."""
-    remote = RemoteStores(config.features) if config.features else None
-    if remote:
-        remote.pull_unfinished(store)
-    if (store / "store.json").exists():
-        if remote:
-            remote.push(store)
-        return _finished(store)
-
     datasets = {split: load_coco(*splits[split], split) for split in SPLITS}
     shared = datasets["train"].images.keys() & datasets["val"].images.keys()
     if shared:
@@ -111,11 +113,25 @@ def _make_store(
     notes = {shard.file: _existing(shard, settings.key, config.skip_bad) for shard in shards if shard.file.exists()}
     already = sum(note.rows for note in notes.values())
     seconds = _make_missing(config, settings, shards, notes, console, remote)
-    info = _describe(config, settings, splits, datasets, notes, store)
-    kept = {split: without(datasets[split], info.splits[split].skipped) for split in SPLITS}
+    about, kept = {}, {}
+    for split, (annotations, photos) in splits.items():
+        skipped = {f: why for note in notes.values() if note.split == split for f, why in note.skipped.items()}
+        kept[split] = without(datasets[split], skipped)
+        counts = {"images": len(kept[split].images), "annotations": sum(map(len, kept[split].annotations.values()))}
+        about[split] = SplitInfo(name=photos.name, skipped=skipped, **counts)
+        if not kept[split].images:
+            raise InputError(f"{annotations} leaves no usable photo for {split}; expected at least one.")
+    info = StoreInfo(
+        key=settings.key,
+        settings=settings,
+        splits=about,
+        shards={file.relative_to(store).as_posix(): note.features_sha256 for file, note in sorted(notes.items())},
+        coco_dir=str(config.coco_dir),
+        batch_size=config.batch_size,
+        software={name: importlib.metadata.version(name) for name in ("torch", "timm", "pyarrow", "pillow")},
+        **described(next(iter(notes.values()))),
+    )
     finish_store(store, info, kept)
-    if remote:
-        remote.push(store)
     made = sum(note.rows for note in notes.values()) - already
     return FeaturizeReport(store, made, already, info.skipped, made / seconds if made else 0.0)
 
@@ -207,32 +223,3 @@ def without(dataset: Dataset, skipped: dict[str, str]) -> Dataset:
     """The dataset less the photos of these file names."""
     images = {i: image for i, image in dataset.images.items() if image.file_name not in skipped}
     return Dataset(dataset.split, images, dataset.categories, {i: dataset.annotations[i] for i in images})
-
-
-def _describe(
-    config: FeaturizeConfig,
-    settings: StoreSettings,
-    splits: dict[str, tuple[Path, Path]],
-    datasets: dict[str, Dataset],
-    notes: dict[Path, ShardNote],
-    store: Path,
-) -> StoreInfo:
-    about = {}
-    for split, dataset in datasets.items():
-        skipped = {f: why for note in notes.values() if note.split == split for f, why in note.skipped.items()}
-        kept = without(dataset, skipped)
-        annotations = sum(map(len, kept.annotations.values()))
-        name = splits[split][1].name
-        about[split] = SplitInfo(name=name, images=len(kept.images), annotations=annotations, skipped=skipped)
-        if not kept.images:
-            raise InputError(f"{splits[split][0]} leaves no usable photo for {split}; expected at least one.")
-    return StoreInfo(
-        key=settings.key,
-        settings=settings,
-        splits=about,
-        shards={file.relative_to(store).as_posix(): note.features_sha256 for file, note in sorted(notes.items())},
-        coco_dir=str(config.coco_dir),
-        batch_size=config.batch_size,
-        software={name: importlib.metadata.version(name) for name in ("torch", "timm", "pyarrow", "pillow")},
-        **described(next(iter(notes.values()))),
-    )

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,15 +133,14 @@ class ShardMaker:
     def _decoded(self, shard: Shard) -> Iterator[Decoded]:
         """Batch after batch, some of them decoded while the model works."""
         at_once = min(DECODERS, os.cpu_count() or 1)
-        batches = shard.batches(self.config.batch_size)
+        batches = iter(shard.batches(self.config.batch_size))
         decoders = ThreadPoolExecutor(at_once)
         start = partial(decoders.submit, decode, self.config, shard.photos)
         try:
-            waiting = deque(start(batch) for batch in batches[: at_once + 1])
-            for number in range(len(batches)):
+            waiting = deque(map(start, islice(batches, at_once + 1)))
+            while waiting:
                 decoded = waiting.popleft().result()
-                if number + at_once + 1 < len(batches):
-                    waiting.append(start(batches[number + at_once + 1]))
+                waiting.extend(map(start, islice(batches, 1)))
                 yield decoded
         finally:
             decoders.shutdown(cancel_futures=True)
