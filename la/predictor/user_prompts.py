@@ -32,7 +32,6 @@ class Box(NamedTuple):
 # `segmentation`, or its `bbox` [x, y, width, height] where it has none, and `points` [[x, y, label], ...], label 1 on
 # the object and 0 beside it, which COCO itself does not know.
 Prompt = np.ndarray | Points | Box | Mapping[str, Any]
-ACCEPTED_PROMPTS = "a mask array, Points, a Box or a COCO annotation"
 
 
 class ClassPrompts(NamedTuple):
@@ -64,7 +63,8 @@ def check_prompts(prompts: Prompt | Iterable[Prompt], height: int, width: int, w
                 elif isinstance(part, Box):
                     boxes.append(_box(part, height, width))
                 else:
-                    raise ValueError(f"a prompt is {type(part).__name__}; expected {ACCEPTED_PROMPTS}.")
+                    expected = "a mask array, Points, a Box or a COCO annotation"
+                    raise ValueError(f"a prompt is {type(part).__name__}; expected {expected}.")
         if not masks and not boxes and not any(label for _, _, label in points):
             given = "points beside the object alone" if points else "no prompt"
             raise ValueError(f"{given}; expected at least one mask, box or point on the object.")

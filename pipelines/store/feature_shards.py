@@ -88,12 +88,6 @@ def shard_file(split: str, number: int) -> str:
     return f"{split}/part-{number:05d}.parquet"
 
 
-def parse_shard_file(file: str) -> tuple[str, int]:
-    """(split, number) of a `shard_file`."""
-    split, name = file.split("/")
-    return split, int(name.removeprefix("part-").removesuffix(".parquet"))
-
-
 class ShardWriter:
     """Writes the images of one shard one by one, under a temporary name, which `finish` makes the shard's own.
 

@@ -17,7 +17,7 @@ from la.device import pick_device
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig, VerifyConfig
 from pipelines.remote_path import path_or_uri
-from pipelines.store.feature_shards import FEATURES, MappedShard, ShardNote, open_shard, parse_shard_file, shard_file
+from pipelines.store.feature_shards import FEATURES, MappedShard, ShardNote, open_shard, shard_file
 from pipelines.store.featurize import make_shards, plan_shards, store_settings, without
 from pipelines.store.reader import FeatureStore, finish_store, read_index
 from pipelines.store.shard_maker import Shard
@@ -126,8 +126,8 @@ def _check_shard(store: FeatureStore, file: str, placed: list[int] | None) -> No
     opened = open_shard(path, info.key)[0]
     if not opened.schema_arrow.remove_metadata().equals(FEATURES):
         raise ValueError(f"its columns are {opened.schema_arrow.names}, expected {FEATURES.names}")
-    said = (note.split, note.number, note.weights_digest, note.channels, note.grid)
-    if said != (*parse_shard_file(file), info.weights_digest, info.channels, info.grid):
+    said = (shard_file(note.split, note.number), note.weights_digest, note.channels, note.grid)
+    if said != (file, info.weights_digest, info.channels, info.grid):
         raise ValueError("it says that it is another shard, of other weights or another shape than store.json says")
     ids = opened.read(columns=["image_id"])["image_id"].to_pylist()
     if len(ids) != note.rows or ids != (ids if placed is None else placed):
@@ -149,13 +149,9 @@ def _backbone(store: FeatureStore, config: VerifyConfig) -> Backbone:
     info = store.info
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.weights is None and info.weights.startswith("sha256:"):
-        raise InputError(
-            f"the features were made with a local file of weights of {info.backbone}: pass it as --weights"
-        )
     found = identify_weights(info.backbone, config.weights)
     if found != info.weights:
-        raise InputError(f"--weights are {found}, but the features were made with {info.weights}")
+        raise InputError(f"--weights are {found}, but the features were made with {info.weights}: pass these")
     return load_backbone(info.backbone, info.image_size, config.weights, pick_device(config.device))
 
 
