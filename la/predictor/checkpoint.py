@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import safetensors.torch
 import torch
 
 from la.backbone.vit import Backbone, identify_weights, load_backbone
@@ -20,7 +21,7 @@ DEMO = "demo"
 _HERE = Path(__file__).parent
 DEMO_CHECKPOINT = _HERE / "hybrid_demo.safetensors"
 BUNDLED_WEIGHTS = {"vit_demo_patch8_128": _HERE / "vit_demo.safetensors"}
-HEADER = "label_anything"  # the key in a .safetensors of all but the tensors, as JSON
+_HEADER = "label_anything"  # the key in a .safetensors of all but the tensors, as JSON
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,16 @@ def backbone_of(
     return vit
 
 
+def write_safetensors(path: Path, saved: Mapping[str, Any]) -> None:
+    """A checkpoint without pickle: its tensors, the rest as JSON in the header."""
+    rest = {name: value for name, value in saved.items() if name != "state"}
+    state = {name: tensor.contiguous() for name, tensor in saved["state"].items()}
+    safetensors.torch.save_file(state, path, {_HEADER: json.dumps(rest)})
+
+
 def _of_safetensors(path: Path) -> dict[str, Any]:
     with safetensors.safe_open(path, "pt") as file:
-        header = json.loads(file.metadata()[HEADER])
+        header = json.loads(file.metadata()[_HEADER])
         return header | {"state": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118  no mapping
 
 

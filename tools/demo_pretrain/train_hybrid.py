@@ -7,14 +7,12 @@ unseen, so that a scene of `demo` is a fair query.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from la.predictor.checkpoint import BUNDLED_WEIGHTS, HEADER
+from la.predictor.checkpoint import BUNDLED_WEIGHTS, write_safetensors
 from pipelines.config import FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.store.featurize import featurize
@@ -34,9 +32,8 @@ def make(workspace: Path, out: Path) -> float:
     )
     result = train(TrainConfig(workspace=workspace, preset="hybrid", steps=STEPS, batches=BATCHES, threads=1))
     saved = torch.load(result.checkpoint, map_location="cpu", weights_only=True)
-    header = json.dumps({name: saved[name] for name in ("kind", "config", "fold", "store", "step", "features")})
-    state = {name: tensor.contiguous() for name, tensor in saved["state"].items()}
-    write_whole(out, lambda temporary: save_file(state, temporary, {HEADER: header}))
+    names = ("kind", "config", "fold", "store", "step", "features", "state")
+    write_whole(out, lambda temporary: write_safetensors(temporary, {name: saved[name] for name in names}))
     return result.metrics["seen_miou"]
 
 
