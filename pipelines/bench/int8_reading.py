@@ -1,11 +1,12 @@
 """Features in eight bits against sixteen: bytes, and reading."""
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from pipelines.bench.ratios import BenchResult, in_turn
+from pipelines.bench.ratios import BenchResult, in_turn, median_ratio
 from pipelines.store.reader import FeatureStore, read_info
 
 READ_AT_ONCE = 8  # images of a batch
@@ -27,36 +28,20 @@ def bench_int8(plain_path: Path, small_path: Path, images: int = 300, repeats: i
     ids = [i for split in plain.info.splits for i in plain.image_ids(split)]
     orders = [[ids[k] for k in generator.integers(0, len(ids), images)] for _ in range(repeats)]
 
-    def batches(order: list[int]) -> list[list[int]]:
-        return [order[k : k + READ_AT_ONCE] for k in range(0, images, READ_AT_ONCE)]
+    def whole(read: Callable[[list[int]], object]) -> Callable[[list[int]], None]:
+        def way(order: list[int]) -> None:
+            for start in range(0, images, READ_AT_ONCE):
+                read(order[start : start + READ_AT_ONCE])
 
-    def from_small(order: list[int]) -> None:
-        for batch in batches(order):
-            small.read_batch(batch)
+        return way
 
-    def from_plain(order: list[int]) -> None:
-        for batch in batches(order):
-            plain.read_batch(batch).float()
-
-    def small_to_device(order: list[int]) -> None:
-        for batch in batches(order):
-            small.read_encoded(batch)
-
-    def plain_to_device(order: list[int]) -> None:
-        for batch in batches(order):
-            plain.read_encoded(batch)
-
-    ours, theirs, ours_raw, theirs_raw = in_turn(from_small, from_plain, small_to_device, plain_to_device, turns=orders)
-
-    def ms(seconds: list[float]) -> float:
-        return statistics.median(seconds) / images * 1e3
-
+    decoded = (whole(small.read_batch), whole(lambda batch: plain.read_batch(batch).float()))
+    seconds = in_turn(whole(small.read_encoded), whole(plain.read_encoded), *decoded, turns=orders)
     sizes = [sum(f.stat().st_size for f in path.glob("*/part-*.parquet")) for path in (small_path, plain_path)]
     details = {"int8 MB": sizes[0] / 1e6, "float16 MB": sizes[1] / 1e6}
-    read = {"int8 ms/image": ms(ours_raw), "float16 ms/image": ms(theirs_raw)}
-    read |= {"decoded on the CPU": ms(ours), "float16 to float32": ms(theirs)}
-    raw_ratio = statistics.median(a / b for a, b in zip(ours_raw, theirs_raw, strict=True))
+    names = ("int8 ms/image", "float16 ms/image", "decoded on the CPU", "float16 to float32")
+    read = {name: statistics.median(way) / images * 1e3 for name, way in zip(names, seconds, strict=True)}
     return [
         BenchResult("int8: bytes of the store against float16", sizes[0] / sizes[1], 0.52, "at most", details),
-        BenchResult("int8: random read against float16", raw_ratio, 1.0, "at most", read),
+        BenchResult("int8: random read against float16", median_ratio(*seconds[:2]), 1.0, "at most", read),
     ]
