@@ -1,12 +1,16 @@
 """What a comparison says of itself."""
 
+import numpy as np
 import pytest
 
 from la.errors import InputError
+from pipelines.bench.int8_reading import bench_int8, int8_beside
 from pipelines.bench.model_speed import bench_model
-from pipelines.bench.ratios import BenchResult, bench_evaluate, bench_featurize
+from pipelines.bench.random_store import made_up_dataset, made_up_features
+from pipelines.bench.ratios import BenchResult, bench_evaluate, bench_featurize, bench_store
 from pipelines.config import FeaturizeConfig
 from pipelines.demo.scenes import draw_scenes
+from pipelines.store.convert import convert
 from pipelines.store.featurize import featurize
 from tests.conftest import TINY
 
@@ -24,6 +28,22 @@ def test_a_ratio_passes_on_its_side_of_the_bar(ratio, sense, passed):
 def test_more_photos_than_there_are_is_refused(tiny_coco, tiny_weights):
     with pytest.raises(InputError, match="--images is 99, but"):
         bench_featurize(tiny_coco, TINY["backbone"], tiny_weights, TINY["image_size"], images=99)
+
+
+def test_a_store_is_read_against_raw_numbers_and_against_its_int8(tmp_path):
+    photos = {"train": made_up_dataset("train", 1, np.ones((12, 1), int))}
+    values = np.ones((4, 4, 64), np.float16)
+    store = made_up_features(tmp_path, photos, lambda image: values * image.id, patch_size=8)
+    assert int8_beside(store) is None
+    convert(tmp_path)
+    read = bench_store(store, images=10, repeats=2)
+    assert read.ratio > 0
+    assert read.details["MB/image"] == 4 * 4 * 64 * 2 / 1e6
+    size, speed = bench_int8(store, int8_beside(store), images=10, repeats=2)
+    assert 0.5 < size.ratio < 1
+    assert all(value > 0 for value in speed.details.values())
+    with pytest.raises(InputError, match="holds int8"):
+        bench_store(int8_beside(store))
 
 
 def test_the_model_is_measured_packed_and_dense(tmp_path, tiny_weights):

@@ -118,9 +118,9 @@ def _testing(setting: _Setting, repeats: int) -> BenchResult:
 
 def _shots(setting: _Setting, repeats: int) -> list[BenchResult]:
     model = setting.model
-    one = setting.episodes(setting.testing_plan(WAYS, 1, fold=FOLDS - 1), 0)[0]
-    many = repeated(one, MOST_SHOTS)
-    query = setting.batch([one]).query
+    single = setting.episodes(setting.testing_plan(WAYS, 1, fold=FOLDS - 1), 0)[0]
+    many = repeated(single, MOST_SHOTS)
+    query = setting.batch([single]).query
 
     @torch.inference_mode()
     def prototypes(episode: Episode) -> Tensor:
@@ -130,8 +130,8 @@ def _shots(setting: _Setting, repeats: int) -> list[BenchResult]:
     def segment(ready: Tensor) -> None:
         model.decode(query, ready, torch.ones(ready.shape[:2], dtype=torch.bool))
 
-    few_bytes, most_bytes = (peak_bytes(lambda e=e: segment(prototypes(e))) for e in (one, many))
-    few, most = prototypes(one), prototypes(many)
+    few_bytes, most_bytes = (peak_bytes(lambda e=e: segment(prototypes(e))) for e in (single, many))
+    few, most = prototypes(single), prototypes(many)
     with torch.inference_mode():
         apart = (most - model.prototypes(setting.batch([many]))).abs().max().item()
     few_seconds, most_seconds = in_turn(lambda _: segment(few), lambda _: segment(most), turns=list(range(4 * repeats)))

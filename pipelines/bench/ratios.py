@@ -46,9 +46,9 @@ class BenchResult:
         return self.ratio >= self.bar if self.sense == "at least" else self.ratio <= self.bar
 
     def __str__(self) -> str:
-        told = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.details.items())
+        figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.details.items())
         verdict = "passed" if self.passed else "FAILED"
-        return f"{self.name}: ratio {self.ratio:.3f}, bar {self.sense} {self.bar:g}: {verdict} ({told})"
+        return f"{self.name}: ratio {self.ratio:.3f}, bar {self.sense} {self.bar:g}: {verdict} ({figures})"
 
 
 def machine() -> dict[str, str | int | float]:

@@ -91,8 +91,8 @@ def _rehearse_training(
     def probed(turn: str) -> Rates:
         say(f"train, evaluate: rates {turn} the run")
         # a seed of its own: a training that is finished would not be run again
-        place = {"workspace": made_up, "seed": config.seed + (turn == "after")}
-        return measure_training(config.model_copy(update=place), photos)
+        apart = {"workspace": made_up, "seed": config.seed + (turn == "after")}
+        return measure_training(config.model_copy(update=apart), photos)
 
     before = probed("before")
     say("train, evaluate: the run")
@@ -164,8 +164,8 @@ def _disk(store: FeatureStore) -> Compared:
     info = store.info
     images = sum(split.images for split in info.splits.values())
     planned = store_bytes(images, bytes_per_image(info.grid, info.channels, info.dtype))
-    found = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
-    return Compared("disk", planned / 1e6, found / 1e6, "MB")
+    actual = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
+    return Compared("disk", planned / 1e6, actual / 1e6, "MB")
 
 
 def _reading(planned: float, config: TrainConfig, store: FeatureStore) -> Compared:
