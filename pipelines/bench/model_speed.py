@@ -32,13 +32,13 @@ WAYS, MOST_SHOTS = 5, 20  # of the memory that shots cost
 
 
 class _Setting:
-    """Three ways to the same logits, and real training episodes of a store. `config` has its workspace and split."""
+    """Three ways to the same logits, and real episodes on the training photos of a store."""
 
     def __init__(self, store: FeatureStore, name: str):
         config = preset(name, channels=store.info.channels)
         if not isinstance(config, ModelConfig):
             raise InputError(f"--preset {name} has no dense grid to compare with. Choose paper, official or debug.")
-        self.model = LabelAnything(config)
+        self.model = LabelAnything(replace(config, absent_pairs=False))
         self.dense = LabelAnything(replace(config, absent_pairs=True))  # the dense grid
         self.plain = deepcopy(self.dense)  # and attention that projects the whole feature map, as released
         for part in self.plain.modules():
@@ -64,7 +64,7 @@ class _Setting:
         self, name: str, bar: float, run: Callable[[LabelAnything, int], None], work: list[EpisodeBatch], size: tuple
     ) -> BenchResult:
         packed, plain, dense = in_turn(
-            *(partial(run, model) for model in (self.model, self.plain, self.dense)), turns=list(range(len(work)))
+            *(partial(run, model) for model in (self.model, self.plain, self.dense)), turns=range(len(work))
         )
         details = {
             "(B, N, K)": str(size),
@@ -134,7 +134,7 @@ def _shots(setting: _Setting, repeats: int) -> list[BenchResult]:
     few, most = prototypes(single), prototypes(many)
     with torch.inference_mode():
         apart = (most - model.prototypes(setting.batch([many]))).abs().max().item()
-    few_seconds, most_seconds = in_turn(lambda _: segment(few), lambda _: segment(most), turns=list(range(4 * repeats)))
+    few_seconds, most_seconds = in_turn(lambda _: segment(few), lambda _: segment(most), turns=range(4 * repeats))
     memory = f"model: peak memory of {WAYS}-way inference, {MOST_SHOTS} shots over 1"
     details = {"1 shot MB": few_bytes / 1e6, f"{MOST_SHOTS} shots MB": most_bytes / 1e6, "chunked differs by": apart}
     cached = f"model: a query against cached prototypes, {MOST_SHOTS} shots over 1"

@@ -50,7 +50,7 @@ def _latency(name: str, vit: Backbone, photos: list[np.ndarray], boxes: list[dic
     def backbone(_: int) -> None:
         vit.encode(squashed)
 
-    ours, theirs = in_turn(heads, backbone, turns=list(range(repeats)))
+    ours, theirs = in_turn(heads, backbone, turns=range(repeats))
     name = f"predict: the {name} heads against the backbone, {len(learned.classes)} ways, {len(boxes)} supports"
     details = {"heads ms": 1e3 * min(ours), "backbone ms": 1e3 * min(theirs), "threads": torch.get_num_threads()}
     # the least disturbed: work of some milliseconds is stretched by any other process

@@ -103,21 +103,14 @@ def measure_training(config: TrainConfig, photos: float | None = None) -> Rates:
 
 def _evaluation(config: TrainConfig) -> float:
     """Seconds of each photo of an episode, from the first batch of episodes on, by the training's checkpoint."""
+    settings = {"workspace": config.workspace, "device": config.device, "threads": config.threads}
+    # seen classes are more than the unseen ones, so that few photos are drawn again
+    settings |= {"checkpoint": run_dir_of(config), "classes": "seen", "seeds": 1, "episodes": EPISODES}
     seconds = photos = 0.0
     for ways, shots in EVALUATED:
-        settings = EvaluateConfig(
-            workspace=config.workspace,
-            checkpoint=run_dir_of(config),
-            classes="seen",  # more than the unseen ones, so that few photos are drawn again
-            ways=ways,
-            shots=shots,
-            seeds=1,
-            episodes=EPISODES,
-            device=config.device,
-            threads=config.threads,
-        )
         done: list[tuple[float, int]] = []
-        evaluate(settings, lambda count, _, done=done: done.append((time.perf_counter(), count)))
+        task = EvaluateConfig(**settings, ways=ways, shots=shots)
+        evaluate(task, lambda count, _, done=done: done.append((time.perf_counter(), count)))
         seconds += done[-1][0] - done[0][0]
         photos += (done[-1][1] - done[0][1]) * (1 + ways * shots)
     return seconds / photos

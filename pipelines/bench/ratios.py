@@ -7,7 +7,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -146,7 +146,7 @@ def bench_featurize(
                     features = maker.backbone(batch)
             features.cpu()  # on a GPU the calls above return before their work is done
 
-        ours, theirs = in_turn(whole, bare, turns=list(range(repeats)))
+        ours, theirs = in_turn(whole, bare, turns=range(repeats))
     details = {
         "featurize images/s": images / statistics.median(ours),
         "bare ViT images/s": images / statistics.median(theirs),
@@ -169,7 +169,7 @@ def bench_episodes(store_path: Path, fold: int = 0, repeats: int = 5, count: int
         for group, size in enumerate(sizes):
             draw(plan, store, group, 0, round(count * size / sum(sizes)))
 
-    (seconds,) = in_turn(once, turns=list(range(repeats)))
+    (seconds,) = in_turn(once, turns=range(repeats))
     rate = count / statistics.median(seconds)
     details = {"episodes/s": rate, "episodes": count, "repeats": repeats}
     return BenchResult("episodes: drawn a second on one core, against 2,000", rate / 2000, 1.0, "at least", details)
@@ -221,7 +221,7 @@ def median_ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
-def in_turn(*ways: Callable, turns: list, warm_up: object = None) -> tuple[list[float], ...]:
+def in_turn(*ways: Callable, turns: Sequence, warm_up: object = None) -> tuple[list[float], ...]:
     """Seconds of each call of each way: forwards, backwards, forwards, ... after one untimed turn of all.
 
     The untimed turn is `warm_up`, or else the first.
