@@ -2,14 +2,12 @@
 
 import inspect
 import os
-import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import annotated_types
-import tomli_w
 import typer
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
@@ -18,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from la.errors import InputError
 from pipelines.config import RECIPES, Settings, TrainConfig, closest, entry_type, fields_of, panel_of, plain_type
+from pipelines.experiment_file import as_file, assignment, read_settings
 from pipelines.remote_path import RemotePath, path_or_uri
 from pipelines.training.stop import Stopped
 
@@ -179,36 +178,6 @@ def _assemble(settings: type[Settings], defaults: dict, given: dict, training: C
     return settings(**(values | assignments | named))
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """The settings of a TOML file. Raises InputError where it is missing or is none."""
-    try:
-        return tomllib.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--config {file} cannot be read ({error}). Expected a TOML file, such as --print-config prints."
-        ) from error
-
-
-def assignment(text: str) -> tuple[str, str | bool]:
-    """NAME=VALUE as (field of TrainConfig, value). Raises InputError with the nearest names for one that is unknown."""
-    name, sign, value = text.partition("=")
-    name = name.strip().replace("-", "_")
-    if not sign or name not in fields_of(TrainConfig):
-        near = closest(name, TrainConfig)
-        raise InputError(f"--set {text}: expected NAME=VALUE with a setting of training, such as {near}.")
-    return name, value.strip()
-
-
-def as_file(config: Settings) -> str:
-    """All settings as a TOML file for --config, each with what it does; those without a value are comments."""
-    lines = []
-    for name, value in config.model_dump(mode="json").items():
-        about = type(config).model_fields[name].description
-        text = f"# {name} =\n" if value is None else tomli_w.dumps({name: value})
-        lines.append(f"# {about}\n{text}" if about else text)
-    return "\n".join(lines)
-
-
 @contextmanager
 def mistakes(goes_on: bool = False) -> Iterator[None]:
     """The user's mistakes are one message and exit code 2; Ctrl-C is 130, and says whether the command `goes_on`."""
@@ -262,11 +231,3 @@ def say(*lines: str) -> None:
     """Print lines as they are, however long."""
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def numbers(text: str, flag: str) -> list[int]:
-    """ "0,1,3" as integers; raises InputError naming the flag."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"{flag} is {text!r}; expected whole numbers such as 0,1,2.") from error

@@ -111,7 +111,7 @@ def run_study(config: SweepConfig, study: Study, dry_run: bool, **how: str | Non
     if dry_run:
         from sweeps.forecast import forecast
 
-        table, *lines = forecast(config, study, console)
+        table, lines = forecast(config, study, console)
         console.print(table)
         say(*lines)
         return

@@ -407,6 +407,29 @@ class PlanConfig(BackboneSettings, DeviceSettings):
     )
 
 
+class BenchConfig(StoreSettings):
+    """Sizes of measurements; what is not given is each measurement's own."""
+
+    panel: ClassVar[str] = "Measurement"
+    coco_dir: PathOrUri | None = setting(None, "Folder or URI of the store's photos, for featurizing.")
+    weights: Path | None = setting(None, "Local weights in timm's names; not given: timm's own, from its hub.")
+    backbone: str | None = setting(None, "Any plain ViT of timm, for featurizing and predict.")
+    image_size: int | None = setting(None, "Side in pixels that photos are resized to.", ge=1)
+    preset: str | None = setting(None, "paper, official, hybrid or debug.")
+    repeats: int | None = setting(None, "Pairs of passes; the median counts.", ge=1)
+    photos: int | None = setting(None, "Photos of each pass.", ge=8)
+    episodes: int | None = setting(None, "1-way 1-shot episodes that are evaluated.", ge=1)
+    steps: int | None = setting(None, "Steps of each training that count, after 20 that do not.", ge=10)
+    batch_scale: float | None = setting(None, "Times B in the recipe's (B, N, K), in training.", ge=0.01)
+    trials: int | None = setting(None, "Made-up trials of a sweep, which sleep; a multiple of 4.", ge=4)
+    fold: int | None = setting(None, "COCO-20i fold, 0 to 3, whose episodes are drawn.")
+    ways: int | None = setting(None, "Classes of the query's episode.", ge=1)
+    shots: int | None = setting(None, "Support images of each class of the query's episode.", ge=1)
+    device: str | None = setting(None, "auto, cpu, cuda or cuda:1, in training; auto takes CUDA where there is a GPU.")
+    threads: int | None = setting(None, "Torch threads of each process; not given: what torch takes.", ge=1)
+    out: Path | None = setting(None, "JSON file of all; not given: artifacts/bench.json in the workspace.")
+
+
 class TrialPlacement(WorkspaceSettings):
     """Where the trials of a sweep run: none of it changes a result."""
 

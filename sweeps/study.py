@@ -103,8 +103,6 @@ class Study(Settings):
         for name in names:
             if not NAME.fullmatch(name):
                 raise ValueError(f"variant {name!r} cannot be the name of a file: letters, digits and _.,=+- are")
-        if self.baseline and self.baseline not in names:
-            raise ValueError(f"baseline {self.baseline!r} is not among the variants {', '.join(names)}")
         for where, settings in (
             ("train", self.train),
             ("grid", self.grid),
@@ -115,6 +113,9 @@ class Study(Settings):
                     raise ValueError(
                         f"{where}: {setting!r} is not a setting of training. Nearest: {closest(setting, TrainConfig)}"
                     )
+        if self.baseline and not self.baseline_of(self.all_variants()):
+            names = ", ".join(variant.name for variant in self.all_variants())
+            raise ValueError(f"baseline {self.baseline!r} is not among the variants {names}")
         return self
 
     def all_variants(self) -> tuple[Variant, ...]:
@@ -140,9 +141,9 @@ class Study(Settings):
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def baseline_of(self, variants: tuple[Variant, ...]) -> Variant | None:
-        """The variant that the others are compared with: the named one, or its first cell of the grid."""
-        named = [v for v in variants if self.baseline and v.name.split("-")[0].split("=")[0] == self.baseline]
-        return next((v for v in variants if v.name == self.baseline), named[0] if named else None)
+        """The variant that the others are compared with, or its first cell of the grid."""
+        cells = (v for v in variants if self.baseline and f"{v.name}-".startswith(f"{self.baseline}-"))
+        return next(cells, None)
 
     def settings_of(self, variant: Variant, given: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of training: the study's, the variant's defaults, what was given, what makes the variant.

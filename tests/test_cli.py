@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 import cli
-from commands import bench, studies
+from commands import studies
 from tests.conftest import browser_page
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ def demo(tmp_path_factory):
 
 def verbs():
     plain = [("", part.app) for part in cli.PARTS]
-    for group, app in [*plain, ("sweep ", studies.sweep_app), ("bench ", bench.app)]:
+    for group, app in [*plain, ("sweep ", studies.sweep_app)]:
         for command in app.registered_commands:
             yield f"{group}{command.name or command.callback.__name__}"
 
@@ -168,7 +168,7 @@ def test_the_readme_names_only_verbs_and_options_that_exist():
     known = set(verbs())
     for line in re.findall(r"^\S*python cli\.py (.+?)(?:\s+#.*)?$", text, re.MULTILINE):
         words = line.split()
-        verb = " ".join(words[:2]) if words[0] in ("sweep", "bench") else words[0]
+        verb = " ".join(words[:2]) if words[0] == "sweep" else words[0]
         assert verb in known, line
         help_text = run(*verb.split(), "--help").output
         for option in re.findall(r"--[a-z-]+", line):

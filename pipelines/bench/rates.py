@@ -98,19 +98,21 @@ def measure_training(config: TrainConfig, photos: float | None = None) -> Rates:
     train_loop(prepare(config), Worker(wrap=watch), lambda _: None)
     # From call to call, so reading, the optimiser and all else is in it. The first step allocates.
     step = (calls[-1][0] - calls[1][0]) / sum(read for _, read in calls[1:-1])
-    return Rates(step * (photos or images_per_step(config.batches)), _evaluation(config), draw)
+    how = {"device": config.device, "threads": config.threads}
+    tested = EvaluateConfig(workspace=config.workspace, checkpoint=run_dir_of(config), **how)
+    return Rates(step * (photos or images_per_step(config.batches)), measure_evaluation(tested), draw)
 
 
-def _evaluation(config: TrainConfig) -> float:
-    """Seconds of each photo of an episode, from the first batch of episodes on, by the training's checkpoint."""
-    settings = {"workspace": config.workspace, "device": config.device, "threads": config.threads}
-    # seen classes are more than the unseen ones, so that few photos are drawn again
-    settings |= {"checkpoint": run_dir_of(config), "classes": "seen", "seeds": 1, "episodes": EPISODES}
+def measure_evaluation(config: EvaluateConfig) -> float:
+    """Seconds of each photo of an episode, from the first batch of episodes on.
+
+    Episodes are of seen classes, which are more than the unseen ones, so that few photos are drawn again.
+    """
     seconds = photos = 0.0
     for ways, shots in EVALUATED:
+        size = {"classes": "seen", "ways": ways, "shots": shots, "seeds": 1, "episodes": EPISODES}
         done: list[tuple[float, int]] = []
-        task = EvaluateConfig(**settings, ways=ways, shots=shots)
-        evaluate(task, lambda count, _, done=done: done.append((time.perf_counter(), count)))
+        evaluate(config.model_copy(update=size), lambda count, _, done=done: done.append((time.perf_counter(), count)))
         seconds += done[-1][0] - done[0][0]
         photos += (done[-1][1] - done[0][1]) * (1 + ways * shots)
     return seconds / photos
