@@ -273,7 +273,7 @@ class TrainConfig(ModelSettings, OptimisationSettings, DeviceSettings, StoreSett
     prompts: tuple[Literal["mask", "point", "box"], ...] = setting(
         ("mask", "point", "box"), "Kinds of prompt that training episodes mix.", min_length=1, flag="train-prompts"
     )
-    train_batches: int = setting(4000, "Batches drawn once, passed over again and again.", ge=1)
+    train_batches: int | None = setting(None, "Batches passed over again and again; not given: no end of them.", ge=1)
     # selection, on seen classes of the val split
     val_every: int = setting(250, "Steps between validations on seen classes.", ge=1)
     val_episodes: int = setting(100, "Episodes of seen classes that choose the checkpoint.", ge=1)

@@ -8,7 +8,7 @@ import math
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from la.episodes.protocols import QueryDraw
 from la.errors import InputError, TooFewImages
 
 MIN_AREA = 32 * 32  # pixels of a class that an image must show to count as showing it
+CACHED = 10_000  # outlines, and annotated pairs, kept by a pool, whose memory does not grow with what is drawn
 MAX_POINTS = 10  # points of one instance at most (section 5.2)
 PROMPT_KINDS = ("mask", "point", "box")
 PROMPT_SETS = tuple(  # the seven non-empty sets of prompt types
@@ -64,7 +65,8 @@ class Pool:
         for category in self.classes:
             for image in self.images_of[category]:
                 self.classes_in[image] = (*self.classes_in.get(image, ()), category)
-        self._interiors: dict[int, Interior] = {}
+        self.annotations_of = lru_cache(CACHED)(partial(_prompted, dataset))  # (image, class) -> those that prompt
+        self.interior = lru_cache(CACHED)(partial(_interior, dataset))  # annotation -> its Interior
         self._usable: dict[int, list[int]] = {}
         self._showing: dict[int, list[int]] = {}
 
@@ -97,24 +99,6 @@ class Pool:
         ordered = {c: sorted(self.images_of[c], key=lambda i: (-counts[i], i)) for c in self.classes}
         return {c: (images, [-counts[i] for i in images]) for c, images in ordered.items()}
 
-    @cached_property
-    def annotations(self) -> dict[tuple[int, int], tuple[Annotation, ...]]:
-        """(image, class) -> its annotations that may serve as prompts: no crowds."""
-        found: dict[tuple[int, int], list[Annotation]] = {}
-        wanted = set(self.classes)
-        for image, annotations in self.dataset.annotations.items():
-            for one in annotations:
-                if one.category_id in wanted and not one.is_crowd:
-                    found.setdefault((image, one.category_id), []).append(one)
-        return {key: tuple(value) for key, value in found.items()}
-
-    def interior(self, annotation: Annotation) -> "Interior":
-        found = self._interiors.get(annotation.id)
-        if found is None:
-            image = self.dataset.images[annotation.image_id]
-            found = self._interiors[annotation.id] = Interior(annotation, image.height, image.width)
-        return found
-
 
 class Interior:
     """Uniform draws of pixels inside one instance, straight from its run lengths."""
@@ -142,6 +126,16 @@ class Interior:
             x, y = divmod(self.starts[run] + k - (self.ends[run - 1] if run else 0), self.height)
             drawn.append((x + 0.5, y + 0.5, 1))
         return drawn
+
+
+def _prompted(dataset: Dataset, image: int, category: int) -> tuple[Annotation, ...]:
+    """The annotations of a class on an image that may serve as prompts: no crowds."""
+    return tuple(one for one in dataset.annotations[image] if one.category_id == category and not one.is_crowd)
+
+
+def _interior(dataset: Dataset, annotation: Annotation) -> Interior:
+    image = dataset.images[annotation.image_id]
+    return Interior(annotation, image.height, image.width)
 
 
 def evaluation_episode(
@@ -264,7 +258,7 @@ def _prompt_pairs(pool: Pool, classes, supports, draw_kinds, uniform, jitter: fl
             masks: list[int] = []
             points: list[tuple[float, float, int]] = []
             boxes: list[tuple[float, float, float, float]] = []
-            for annotation in pool.annotations[image, category]:
+            for annotation in pool.annotations_of(image, category):
                 for kind in draw_kinds():
                     if kind == "mask":
                         masks.append(annotation.id)

@@ -55,7 +55,7 @@ class Job(NamedTuple):
 
 def job_of(config: TrainConfig, rates: Rates, photos: float, evaluated: dict[Kind, int] | None = None) -> Job:
     """The job of these settings. `photos` are read in a step; `evaluated` counts the test episodes (1, N, K)."""
-    drawn = config.train_batches * sum(size for size, _, _ in config.batches) / len(config.batches)
+    drawn = (config.train_batches or config.steps * config.accumulate) * sum(size for size, _, _ in config.batches) / len(config.batches)
     validated = -(-config.steps // config.val_every) * config.val_episodes * images_per_step([(1, 1, 1)])
     tested = sum(count * images_per_step([kind]) for kind, count in (evaluated or {}).items())
     beside = drawn * rates.draw + validated * rates.photo
