@@ -118,8 +118,8 @@ def use_dataset(data: Dataset) -> None:
     pool = Pool(data, list(data.categories), 1)
     for image in data.images:
         label_map(data, image, list(data.categories))
-    for found in pool.annotations.values():
-        for one in found:
+    for image in data.annotations:
+        for one in (one for category in data.categories for one in pool.annotations_of(image, category)):
             pool.interior(one).points(lambda: 0.5)
     assert len(data.digest) == 16
 

@@ -170,8 +170,9 @@ def _disk(store: FeatureStore) -> Compared:
 
 def _reading(planned: float, config: TrainConfig, store: FeatureStore) -> Compared:
     """Photos read in a step, beside those of the episodes that were drawn for the training itself."""
-    shards = ensure_episodes(training_plan(config), store)
-    drawn = [[shards.batch(g, i) for i in range(shards.manifest["plan"]["count"])] for g in range(len(config.batches))]
+    plan = training_plan(config)
+    shards = ensure_episodes(plan, store)
+    drawn = [[shards.batch(g, i) for i in range(plan.count or config.steps)] for g in range(len(config.batches))]
     photos = statistics.fmean(sum(1 + len(e.supports) for e in batch) for kind in drawn for batch in kind)
     return Compared("photos read a step", planned, photos, "photos")
 
