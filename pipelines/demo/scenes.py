@@ -87,7 +87,7 @@ def _write_split(folder: Path, split: str, count: int, first_id: int, size: tupl
 def _record(root: Path) -> dict | None:
     try:
         return json.loads((root / RECORD).read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
 
 

@@ -14,17 +14,9 @@ from pipelines.workspace import write_whole
 
 _DATASET = b"la_dataset"
 _ANNOTATION = pa.struct(
-    {
-        "id": pa.int64(),
-        "category_id": pa.int32(),
-        "is_crowd": pa.bool_(),
-        "area": pa.int64(),
-        "x0": pa.float64(),
-        "y0": pa.float64(),
-        "x1": pa.float64(),
-        "y1": pa.float64(),
-        "counts": pa.binary(),
-    }
+    {"id": pa.int64(), "category_id": pa.int32(), "is_crowd": pa.bool_(), "area": pa.int64()}
+    | dict.fromkeys(("x0", "y0", "x1", "y1"), pa.float64())
+    | {"counts": pa.binary()}
 )
 _IMAGES = pa.schema(
     {

@@ -42,14 +42,8 @@ T = TypeVar("T")
 MOST_NUMBERS = 2**30  # of one photo's features: 2 GB
 ShardName = Annotated[str, Field(pattern=r"^\w+/part-\d{5,9}\.parquet$")]
 _INDEX = pa.schema(
-    {
-        "image_id": pa.int64(),
-        "split": pa.string(),
-        "shard": pa.int32(),
-        "row_group": pa.int32(),
-        "height": pa.int32(),
-        "width": pa.int32(),
-    }
+    {"image_id": pa.int64(), "split": pa.string()}
+    | dict.fromkeys(("shard", "row_group", "height", "width"), pa.int32())
 )
 
 
@@ -103,16 +97,18 @@ class StoreInfo(BaseModel):
 
 def finish_store(path: Path, info: StoreInfo, datasets: dict[str, Dataset]) -> None:
     """Write annotations, index and, last of all, store.json; every shard must be in place."""
-    rows: list[tuple] = []
+    rows: list[dict] = []
     for file in sorted(info.shards):
         note = open_shard(path / file, info.key)[1]
         images = datasets[note.split].images
         kept = [images[i] for i in note.image_ids if i in images]
-        rows += [(image.id, note.split, note.number, g, image.height, image.width) for g, image in enumerate(kept)]
+        shard = {"split": note.split, "shard": note.number}
+        for group, image in enumerate(kept):
+            about = {"image_id": image.id, "row_group": group, "height": image.height, "width": image.width}
+            rows.append(shard | about)
     for split, dataset in datasets.items():
         write_dataset(path / f"annotations-{split}.parquet", dataset)
-    columns = list(zip(*rows, strict=True)) if rows else [[] for _ in _INDEX]
-    index = pa.table([list(column) for column in columns], schema=_INDEX)
+    index = pa.Table.from_pylist(rows, schema=_INDEX)
     write_whole(path / "index.parquet", lambda temporary: pq.write_table(index, temporary, compression="zstd"))
     write_info(path, info)
 

@@ -158,8 +158,11 @@ def _backbone(store: FeatureStore, config: VerifyConfig) -> Backbone:
 def _sample(store: FeatureStore, report: VerifyReport, config: VerifyConfig, on_progress: OnProgress) -> None:
     """Raises InputError where photos or weights are not there or are others."""
     photos, backbone = _photos(store, config), _backbone(store, config)
-    good = [file for file in sorted(store.info.shards) if file not in report.bad]
-    images = [(file, image) for file in good for image in _images_of(store, file)]
+    images = []
+    for file in sorted(store.info.shards.keys() - report.bad.keys()):
+        note = open_shard(store.path / file, store.key)[1]
+        known = store.dataset(note.split).images
+        images += [(file, known[i]) for i in note.image_ids if i in known]
     chosen = np.random.default_rng(len(images)).permutation(len(images))[: config.sample]
     for file, image in (images[k] for k in sorted(chosen)):
         off = _difference(store, backbone, photos[file.split("/")[0]], image)
@@ -171,12 +174,6 @@ def _sample(store: FeatureStore, report: VerifyReport, config: VerifyConfig, on_
                 "backbone makes of the photo now; the photo or the features were changed"
             )
         on_progress("photos recomputed", report.sampled, len(chosen))
-
-
-def _images_of(store: FeatureStore, file: str) -> list[Image]:
-    note = open_shard(store.path / file, store.key)[1]
-    images = store.dataset(note.split).images
-    return [images[i] for i in note.image_ids if i in images]
 
 
 def _difference(store: FeatureStore, backbone: Backbone, folder: Path, image: Image) -> float:
