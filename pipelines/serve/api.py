@@ -262,25 +262,26 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
 
 
 class RequestLimit:
-    """ASGI: 413 where a request of more megabytes is read, whether it says its length or not."""
+    """ASGI: larger requests end with 413, whether they say their length or not, before they fill the disk."""
 
     def __init__(self, app: ASGIApp, max_mb: int):
         self._app, self._max_mb = app, max_mb
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises HTTPException into whatever reads the request."""
+        """Raises HTTPException into what reads a request that does not say its length."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        error = HTTPException(413, f"the request has more than {self._max_mb} MB, the most that is taken at once.")
+        if int(Headers(scope=scope).get("content-length", 0)) > self._max_mb * MB:
+            return await (await _answer(Request(scope), error))(scope, receive, send)
         taken = 0
 
         async def counted() -> Message:
             nonlocal taken
             part = await receive()
             taken += len(part.get("body", b""))
-            if max(taken, stated) > self._max_mb * MB:
-                raise HTTPException(
-                    413, f"the request has more than {self._max_mb} MB, the most that is taken at once."
-                )
+            if taken > self._max_mb * MB:
+                raise error
             return part
 
-        limited = scope["type"] == "http"
-        stated = int(Headers(scope=scope).get("content-length", 0)) if limited else 0
-        await self._app(scope, counted if limited else receive, send)
+        await self._app(scope, counted, send)

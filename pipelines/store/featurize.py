@@ -26,8 +26,6 @@ from pipelines.store.remote_store import RemoteStores
 from pipelines.store.shard_maker import Shard, ShardMaker, described
 from pipelines.workspace import Workspace, locked
 
-SPLITS = ("train", "val")
-
 
 @dataclass(frozen=True)
 class FeaturizeReport:
@@ -102,14 +100,15 @@ def _make_store(
     console: Console,
 ) -> FeaturizeReport:
     """Make what is missing of `store`, which this process holds."""
-    datasets = {split: load_coco(*splits[split], split) for split in SPLITS}
+    datasets = {split: load_coco(file, photos, split) for split, (file, photos) in splits.items()}
     shared = datasets["train"].images.keys() & datasets["val"].images.keys()
     if shared:
         raise InputError(
             f"{splits['train'][0]} and {splits['val'][0]} share {len(shared)} image ids, e.g. {min(shared)}; expected "
             "ids of their own, by which everything later tells photos apart. Renumber one of them."
         )
-    shards = plan_shards(store, datasets, {split: splits[split][1] for split in SPLITS}, config.shard_size)
+    folders = {split: photos for split, (_, photos) in splits.items()}
+    shards = plan_shards(store, datasets, folders, config.shard_size)
     notes = {shard.file: _existing(shard, settings.key, config.skip_bad) for shard in shards if shard.file.exists()}
     already = sum(note.rows for note in notes.values())
     seconds = _make_missing(config, settings, shards, notes, console, remote)
