@@ -187,12 +187,12 @@ class Predictor:
     def _shown(self, prompts: PhotoPrompts, size: tuple[int, int], name: str) -> dict[str, PromptsOnSupport]:
         if not isinstance(prompts, Mapping) or not prompts:
             raise InputError(f"{name}: expected a dictionary from class names to prompts with at least one class.")
-        shown = {}
-        for one, given in prompts.items():
-            masks, points, boxes = check_prompts(given, *size, f"{name}, class {one}")
+        by_class = {}
+        for class_name, given in prompts.items():
+            masks, points, boxes = check_prompts(given, *size, f"{name}, class {class_name}")
             mask = torch.from_numpy(coverage(masks, self._mask_size)) if masks else None
-            shown[one] = PromptsOnSupport(mask, points, boxes)
-        return shown
+            by_class[class_name] = PromptsOnSupport(mask, points, boxes)
+        return by_class
 
     def _checked(self, supports: SupportSet, what: str) -> SupportSet:
         if faults := differences(self.made_by, supports.made_by):

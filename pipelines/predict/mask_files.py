@@ -49,10 +49,10 @@ def coco_file(
 ) -> dict[str, list[dict]]:
     """COCO instances of (file name, (height, width), annotations) of each photo; category i + 1 is `classes[i]`."""
     images, annotations = [], []
-    for image_id, (name, (height, width), found) in enumerate(photos, 1):
+    for image_id, (name, (height, width), marked) in enumerate(photos, 1):
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
-        for one in found:
-            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0, **one})
+        for annotation in marked:
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0, **annotation})
     categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
     return {"images": images, "annotations": annotations, "categories": categories}
 

@@ -69,7 +69,7 @@ class AnnotatedPhoto:
 
     def prompts(self, classes: Sequence[ShownClass]) -> dict[str, list[Prompt]]:
         """Class name -> prompts; classes without any, and those with points beside the object alone, are absent."""
-        marked = {one.name: self._prompts_of(one.number) for one in classes}
+        marked = {each.name: self._prompts_of(each.number) for each in classes}
         return {
             name: prompts
             for name, prompts in marked.items()
@@ -103,7 +103,7 @@ class AnnotatedPhoto:
         """SVG, in pixels of the preview, of all marks, and of the one that is being made."""
         height, width = self.size
         return template("marks.svg").render(
-            classes={one.number: one for one in classes},
+            classes={each.number: each for each in classes},
             marks=[*self.marks, under_way] if under_way else self.marks,
             cursor=cursor,
             scale=1 / self.reduction,
@@ -166,7 +166,7 @@ class Session:
     def support_file(self) -> dict:
         """The classes and marks as a COCO file, as `cli.py predict --support` reads it beside the photos."""
         photos = [(photo.upload.name, photo.size, photo.annotations(self.classes)) for photo in self.photos]
-        return coco_file(photos, [one.name for one in self.classes])
+        return coco_file(photos, [each.name for each in self.classes])
 
 
 def corners(path: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -138,21 +138,21 @@ class Jobs:
         found = self.predictor.segment_features(features, [(photo.height, photo.width)], class_set.learned)
         return Segmentation(found.masks[0], found.scores[0], features.cpu())
 
-    def moved(self, class_set: ClassSet, found: Segmentation) -> list[float] | None:
+    def moved(self, class_set: ClassSet, result: Segmentation) -> list[float] | None:
         """How much each support moves a result: of the pixels that have a class with it or without it, the share whose
         class is another without it. None for more than MOST_LEFT_OUT supports."""
         count = len(class_set.supports.supports)
         if count > MOST_LEFT_OUT:
             return None
-        return [self._moved_by(class_set.supports, at, found) for at in range(count)]
+        return [self._moved_by(class_set.supports, at, result) for at in range(count)]
 
-    def _moved_by(self, supports: SupportSet, left_out: int, found: Segmentation) -> float:
-        kept = tuple(one for at, one in enumerate(supports.supports) if at != left_out)
-        other = np.zeros_like(found.mask)  # in the labels of all classes
+    def _moved_by(self, supports: SupportSet, left_out: int, result: Segmentation) -> float:
+        kept = tuple(support for at, support in enumerate(supports.supports) if at != left_out)
+        other = np.zeros_like(result.mask)  # in the labels of all classes
         if kept:
-            shown = tuple(name for name in supports.classes if any(name in one.shown for one in kept))
-            learned = self.predictor.learn(replace(supports, supports=kept, classes=shown))
-            labels = np.array([0, *(supports.classes.index(name) + 1 for name in shown)], found.mask.dtype)
-            other = labels[self.predictor.segment_features(found.features, [found.mask.shape], learned).masks[0]]
-        either = (found.mask > 0) | (other > 0)
-        return float((found.mask != other).sum() / max(1, either.sum()))
+            names = tuple(name for name in supports.classes if any(name in support.shown for support in kept))
+            learned = self.predictor.learn(replace(supports, supports=kept, classes=names))
+            labels = np.array([0, *(supports.classes.index(name) + 1 for name in names)], result.mask.dtype)
+            other = labels[self.predictor.segment_features(result.features, [result.mask.shape], learned).masks[0]]
+        either = (result.mask > 0) | (other > 0)
+        return float((result.mask != other).sum() / max(1, either.sum()))

@@ -196,8 +196,8 @@ class Page:
     # What users do
 
     async def _support_came(self, upload: Upload) -> None:
-        found = await self._preview(upload, self._session.photos)
-        photo = AnnotatedPhoto(upload, found.size, data_url(found.jpeg, "jpeg"), found.reduction)
+        preview = await self._preview(upload, self._session.photos)
+        photo = AnnotatedPhoto(upload, preview.size, data_url(preview.jpeg, "jpeg"), preview.reduction)
         self._session.photos.append(photo)
         self._choose_photo(len(self._session.photos) - 1)
 

@@ -19,7 +19,7 @@ def coco_document(photos: Iterable[tuple[str, np.ndarray, Sequence[float]]], cla
 
     def annotations(mask: np.ndarray, scores: Sequence[float]) -> list[dict]:
         results = coco_results(mask, scores, range(1, len(classes) + 1))
-        return [one | {"area": int(rle_tools.area(one["segmentation"]))} for one in results]
+        return [result | {"area": int(rle_tools.area(result["segmentation"]))} for result in results]
 
     return coco_file(((name, mask.shape, annotations(mask, scores)) for name, mask, scores in photos), classes)
 
