@@ -345,7 +345,9 @@ class EpisodesConfig(StoreSettings):
 
     panel: ClassVar[str] = "Episodes"
     folds: tuple[int, ...] = setting((0, 1, 2, 3), "COCO-20i folds, such as 0 or 0,1,2,3.", min_length=1)
-    train_batches: int | None = setting(None, "As of `train`; not given: the first, as training draws the others.", ge=1)
+    train_batches: int | None = setting(
+        None, "As of `train`; not given: the first, as training draws the others.", ge=1
+    )
     ways: tuple[Count, ...] = setting((1, 2), "Classes of the test episodes.", min_length=1)
     shots: tuple[Count, ...] = setting((1,), "Support images of each class in the test episodes.", min_length=1)
     prompt: Prompt = setting("mask", "Prompts on the supports; mixed: each annotation one of the three.")

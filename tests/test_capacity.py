@@ -89,12 +89,12 @@ def test_a_sweep_is_shared_out_and_no_faster_than_its_longest_trial():
 
 def test_a_job_draws_validates_and_evaluates_beside_its_steps():
     config = TrainConfig(workspace="x", batches=SMALL, steps=600, val_every=250, val_episodes=100, train_batches=200)
-    job = job_of(config, Rates(step=0.1, photo=0.25, draw=0.01), photos=3, evaluated={(1, 1, 1): 10, (1, 2, 1): 20})
+    job = job_of(config, Rates(step=0.1, photo=0.25, draw=0.01), photos=3, tested=80)
     assert job.steps == pytest.approx(60)
     assert job.photos == 1800
     # 200 batches of 1.5 episodes drawn, and three validations of two photos an episode: at 250, 500 and the end
     assert job.beside == pytest.approx(300 * 0.01 + 3 * 100 * 2 * 0.25)
-    assert job.evaluating == pytest.approx((10 * 2 + 20 * 3) * 0.25)
+    assert job.evaluating == pytest.approx(80 * 0.25)
     assert job_of(config, Rates(0.1, 0.25), 3).evaluating == 0
 
 

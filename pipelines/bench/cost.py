@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pipelines.config import StoredDtype, TrainConfig
 
-Kind = tuple[int, int, int]  # (B, N, K) of a batch on one worker; an episode is a batch of one
+Kind = tuple[int, int, int]  # (B, N, K) of a batch on one worker
 
 # Bytes of a photo's row beside its features: the Parquet page and footer, 469 and 455 in two stores, and its
 # annotations and its line of the index, 1,480 in 322 photos of COCO.
@@ -53,11 +53,11 @@ class Job(NamedTuple):
     evaluating: float = 0.0
 
 
-def job_of(config: TrainConfig, rates: Rates, photos: float, evaluated: dict[Kind, int] | None = None) -> Job:
-    """The job of these settings. `photos` are read in a step; `evaluated` counts the test episodes (1, N, K)."""
-    drawn = (config.train_batches or config.steps * config.accumulate) * sum(size for size, _, _ in config.batches) / len(config.batches)
-    validated = -(-config.steps // config.val_every) * config.val_episodes * images_per_step([(1, 1, 1)])
-    tested = sum(count * images_per_step([kind]) for kind, count in (evaluated or {}).items())
+def job_of(config: TrainConfig, rates: Rates, photos: float, tested: int = 0) -> Job:
+    """The job of these settings. `photos` are read in a training step, `tested` by all its test episodes."""
+    batches = config.train_batches or config.steps * config.accumulate
+    drawn = batches * sum(size for size, _, _ in config.batches) / len(config.batches)
+    validated = 2 * config.val_episodes * -(-config.steps // config.val_every)  # photos, 1-way 1-shot
     beside = drawn * rates.draw + validated * rates.photo
     return Job(config.steps * rates.step, config.steps * photos, beside, tested * rates.photo)
 

@@ -30,7 +30,7 @@ def plan_study(
     images = config.photos or photos
     vit, how = (config.backbone, config.image_size), {"device": config.device, "threads": config.threads}
     features = bytes_per_image(*rates.feature_shape(*vit), config.dtype)
-    evaluated = {(1, *task): tasks.count(task) * config.seeds * config.episodes for task in tasks}
+    tested = config.seeds * config.episodes * sum(1 + ways * shots for ways, shots in tasks)
     if config.nodes > config.workers:
         raise InputError(
             f"--nodes is {config.nodes}, but --workers is {config.workers}: a node has at least one worker. "
@@ -42,7 +42,7 @@ def plan_study(
         featurized = config.featurize_rate or rates.measure_featurizing(folder, *vit, **how)
         rates_of = _rates(config, folder, photos_of)
         speed, read = rates_of(training), photos_of(training.batches)
-        swept = [job_of(trial, rates_of(trial), photos_of(trial.batches), evaluated) for trial in trials]
+        swept = [job_of(trial, rates_of(trial), photos_of(trial.batches), tested) for trial in trials]
     where = (disk, config.workers, config.nodes, config.ram_gb or memory_gb())
     cluster = Cluster(features, store_bytes(images, features), *where)
     sizes = {

@@ -112,7 +112,7 @@ def _rehearse_training(
     evaluate(judged, lambda count, _: done.append((time.perf_counter(), count)))
     (started, before_them), (ended, _) = done[0], done[-1]  # without what an evaluation takes before its episodes
     rates = Rates(*map(statistics.fmean, zip(before, probed("after"), strict=True)))
-    job = job_of(config, rates, photos, {(1, judged.ways, judged.shots): distinct})
+    job = job_of(config, rates, photos, tested=2 * distinct)
     return [
         _reading(photos, config, store),
         Compared("train", job.steps + job.beside, training, "s"),
