@@ -134,6 +134,13 @@ def test_a_run_under_an_earlier_versions_name_is_found_evaluated_and_goes_on(wor
     shutil.copytree(EARLIER, run_dir)
     assert run_dir_of(config) == run_dir
     assert run_dir_of(config.model_copy(update={"lr": 0.5})) != run_dir
+    key, another = Workspace(workspace).find_store().name, workspace / "features" / "another"
+    another.mkdir()
+    (another / "store.json").touch()
+    # it names no store, but was trained on one
+    runs = [run_dir_of(config.model_copy(update={"store": store})) for store in (key, "another")]
+    shutil.rmtree(another)
+    assert [run == run_dir for run in runs] == [True, False]
     assert train(config).run_dir == run_dir
     assert json.loads((run_dir / "result.json").read_text())["starts"] == [0, 4]
     (run_dir / "identity.json").unlink()  # as an earlier version left it, finished

@@ -41,6 +41,7 @@ def test_two_ray_workers_train_report_and_finish(workspace):
         train_batches=12,
         val_episodes=3,
         val_every=6,
+        schedule="constant",
         threads=1,
     )
     reports = []
@@ -48,6 +49,9 @@ def test_two_ray_workers_train_report_and_finish(workspace):
     assert result.step == 12
     assert [r["step"] for r in reports] == [6, 10, 12], "one report a step, of rank 0"
     assert result.checkpoint.exists()
+    longer = train(config.model_copy(update={"steps": 14}), reports.append)
+    assert (longer.step, longer.run_dir) == (14, result.run_dir)
+    assert [r["step"] for r in reports] == [6, 10, 12, 14]
 
 
 def test_ctrl_c_ends_workers_with_a_checkpoint_of_the_step_under_way(workspace):
