@@ -61,9 +61,8 @@ def page() -> str:
     """The whole page."""
     head = (
         "# Settings\n\nMade from `pipelines/config.py` by `python -m tools.settings_table`. A setting is an option,\n"
-        "`--val-every` for `val_every`, a line of an experiment file, and of training `--set val_every=100` and a line\n"
-        "of a study.\n"
-        "After a semicolon: what a recipe sets where nothing else is given.\n"
+        "`--val-every` for `val_every`, and a line of an experiment file; one of training is also `--set val_every=100`,\n"
+        "and a line of a study. After a semicolon: what a recipe sets where nothing else is given.\n"
     )
     parts = [
         f"## {verb}\n\n{settings.__doc__.strip().splitlines()[0]}\n\n{table(settings)}\n"
