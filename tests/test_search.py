@@ -131,7 +131,7 @@ def test_the_printed_command_is_the_very_training(tmp_path, monkeypatch, changes
     search, _ = run(fake_config(tmp_path, **changes, also=(tmp_path / "more",)), 3)
     found = []
 
-    def caught(config, on_report=None):
+    def caught(config, on_report=None, code="ask"):
         found.append(config)
         raise InputError("far enough")
 

@@ -15,6 +15,7 @@ from fake_sweep import fake_store
 from la.errors import InputError
 from la.predictor.checkpoint import DEMO_CHECKPOINT
 from pipelines.config import EvaluateConfig, TrainConfig
+from pipelines.runs.code import git_sha
 from pipelines.runs.identity import run_dir_of
 from pipelines.store.reader import FeatureStore
 from pipelines.tracking.job_runs import log_evaluation, log_training, tracked_training
@@ -105,9 +106,11 @@ def test_a_run_says_who_ran_which_code(tracker):
 
 def test_outside_a_checkout_there_is_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("GIT_DIR", str(tmp_path))
-    source_tags.cache_clear()
+    for known in (git_sha, source_tags):
+        known.cache_clear()
     assert "mlflow.source.git.dirty" not in source_tags()
-    source_tags.cache_clear()
+    for known in (git_sha, source_tags):
+        known.cache_clear()
 
 
 def test_every_way_out_closes_the_run(tracker):
@@ -239,7 +242,7 @@ def test_a_training_is_followed_while_it_runs(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     met = []
 
-    def train(config, on_report):
+    def train(config, on_report, code):
         for point in ({"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}):
             on_report(point)
         (run,) = runs(Tracker(Workspace(tmp_path)), "train")
@@ -269,7 +272,7 @@ def test_a_training_that_ends_early_closes_its_run_and_a_mistake_leaves_none(tra
 
     reports = []
 
-    def train(config, on_report):
+    def train(config, on_report, code):
         for report in reports:
             on_report(report)
         raise error
@@ -286,7 +289,7 @@ def test_a_tracker_that_fails_meanwhile_ends_no_training(trained, monkeypatch, c
     config, result = trained
     works = Tracker.open
 
-    def train(config, on_report):
+    def train(config, on_report, code):
         monkeypatch.setattr(Tracker, "open", lambda *_: (_ for _ in ()).throw(TrackingError("gone")))
         on_report({"step": 10, "loss": 2.0})
         monkeypatch.setattr(Tracker, "open", works)

@@ -61,7 +61,7 @@ def page() -> str:
     """The whole page."""
     head = (
         "# Settings\n\nMade from `pipelines/config.py` by `python -m tools.settings_table`. A setting is an option,\n"
-        "`--val-every` for `val_every`, and a line of an experiment file; one of training is also `--set val_every=100`,\n"
+        "`--val-every` for `val_every`, and a line of an experiment file; of training also `--set val_every=100`,\n"
         "and a line of a study. After a semicolon: what a recipe sets where nothing else is given.\n"
     )
     parts = [
