@@ -26,7 +26,7 @@ from pycocotools import mask as rle_tools
 from la.backbone.vit import _read_state
 from la.data.coco import Dataset, label_map, load_coco
 from la.data.photos import read_photo
-from la.episodes.sampling import Pool
+from la.episodes.pool import Pool
 from la.errors import InputError
 from pipelines.episodes.batches import BatchBuilder
 from pipelines.episodes.episode_shards import EpisodePlan, ensure_episodes

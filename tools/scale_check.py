@@ -15,8 +15,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from commands.bench import show
-from commands.options import mistakes
+from commands.options import mistakes, say
 from pipelines.bench.random_store import CLASSES, made_up_dataset, made_up_features
 from pipelines.bench.ratios import BenchResult
 from pipelines.config import TrainConfig
@@ -124,7 +123,12 @@ def run(
     count: Annotated[int, typer.Option("--episodes", min=1000, help="Drawn, written and read.")] = 1_000_000,
 ) -> None:
     with mistakes():
-        show(bench_scale(images, count))
+        passed = True
+        for result in bench_scale(images, count):
+            say(str(result))
+            passed &= result.passed
+        if not passed:
+            raise typer.Exit(1)
 
 
 if __name__ == "__main__":

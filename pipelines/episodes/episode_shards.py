@@ -23,9 +23,10 @@ import torch
 
 from la.data.coco import Dataset
 from la.data.folds import FoldLists, fold_classes
-from la.episodes.protocols import QueryDraw, protocol_of
+from la.episodes.pool import MIN_AREA, Pool
+from la.episodes.protocols import protocol_of
 from la.episodes.retrieval import SupportIndex, descriptor
-from la.episodes.sampling import MIN_AREA, Episode, Pool, Retrieve, evaluation_episode, training_episode
+from la.episodes.sampling import Episode, Retrieve, evaluation_episode, training_episode
 from la.errors import InputError
 from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.episodes.episode_rows import (
@@ -73,7 +74,7 @@ class EpisodePlan:
     mixed: tuple[str, ...] = ()  # kinds of prompt in training
     varied: bool = False  # whether shots vary from class to class in testing
     fold_lists: FoldLists = "interleaved"
-    query_draw: QueryDraw = "class"
+    query_draw: str = "class"
     min_area: int = MIN_AREA
     selection: str = "random"  # or "nearest": how the supports of a class are chosen in testing
     without: tuple[str, ...] = ()  # names of classes that are left out

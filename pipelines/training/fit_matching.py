@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from la.episodes.sampling import Pool, evaluation_episode
+from la.episodes.pool import Pool
+from la.episodes.sampling import evaluation_episode
 from la.model.matching import Matching
 from pipelines.episodes.batches import BatchBuilder
 
