@@ -15,6 +15,7 @@ from pipelines.tracking.run_contents import (
     features_input,
     metric_key,
     settings_of,
+    statistic_of,
     task_metrics,
     training_inputs,
     training_params,
@@ -152,6 +153,7 @@ class SweepRuns:
         params = {key: value for key, value in self._params(jobs[0]).items() if key not in ("fold", "seed")}
         run = self._tracker.open(self._study, f"{self._plan.name}/{name}", name, "trial", params, self._sweep)
         run.settings(settings_of(jobs[0].train, [c for job in jobs for c in job.evaluations]))
+        run.inputs([features_input(self._plan.store, "val", "evaluation")])
         return run
 
     def _params(self, job: TrialSpec) -> dict[str, object]:
@@ -233,7 +235,7 @@ def over_folds(folds: Sequence[dict[str, float]]) -> dict[str, float]:
     for key in [key for key in summary if key.startswith("miou/")]:
         values = [metrics[key] for metrics in folds if key in metrics]
         if len(values) > 1:
-            summary[key.replace("miou", "std_folds", 1)] = float(np.std(values, ddof=1))
+            summary[statistic_of(key, "std_folds")] = float(np.std(values, ddof=1))
     return summary
 
 

@@ -1,9 +1,11 @@
 import errno
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from rich.console import Console
 
 from la.data.coco import Annotation, Dataset, Image
 from la.errors import InputError, TooFewImages
+from la.predictor.checkpoint import DEMO_CHECKPOINT
 from pipelines.bench.random_store import made_up_features
 from pipelines.config import TrialPlacement
 from pipelines.episodes.batches import BatchBuilder
@@ -356,10 +359,12 @@ def test_every_study_plans_runs_and_tells(tmp_path, name):
 
 
 def test_means_over_folds_keep_their_names():
-    assert over_folds([{"miou/a": 20.0, "std_seeds/a": 1.0}, {"miou/a": 24.0, "std_seeds/a": 3.0}]) == {
+    assert over_folds(
+        [{"miou/a": 20.0, "statistics/std_seeds/a": 1.0}, {"miou/a": 24.0, "statistics/std_seeds/a": 3.0}]
+    ) == {
         "miou/a": 22.0,
-        "std_folds/a": pytest.approx(8**0.5),
-        "std_seeds/a": 2.0,
+        "statistics/std_folds/a": pytest.approx(8**0.5),
+        "statistics/std_seeds/a": 2.0,
     }
     assert over_folds([{"miou/a": 20.0}]) == {"miou/a": 20.0}
 
@@ -402,7 +407,81 @@ def test_a_stopped_sweep_closes_all_its_runs_and_the_next_start_takes_them_up(tm
     variant = tracker.find("ablations", f"{plan.name}/complete")
     metrics = tracker._client.get_run(variant.id).data.metrics
     assert metrics["miou/1way-1shot-mask"] == 25.5
-    assert metrics["std_folds/1way-1shot-mask"] == pytest.approx(0.5**0.5)
+    assert metrics["statistics/std_folds/1way-1shot-mask"] == pytest.approx(0.5**0.5)
+
+
+def test_mlflow_shows_a_sweep_with_table_pictures_charts_and_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    config = fake_config(tmp_path, variants=("complete", "no_mixer", "prototype"), folds=(0, 1))
+    plan = plan_sweep(config)
+    tracker = Tracker(Workspace(tmp_path))
+    logged = config.model_dump(mode="json", exclude={"train"}) | config.train
+    runs, results = SweepRuns(tracker, config.study, plan, logged), {}
+    for job in plan.jobs:
+        runs.started(job)
+        result = finish(job)
+        if job.variant.name == "no_mixer":  # the best of the three
+            scores = tuple(score.model_copy(update={"miou": score.miou + 4}) for score in result.scores)
+            result = result.model_copy(update={"scores": scores, "checkpoint": DEMO_CHECKPOINT})
+        if job.train:
+            job.evaluations[0].gallery.write_bytes(b"a picture")
+        results[job.name] = result
+        runs.finished(job, result)
+    time.sleep(0.3)
+    runs.close(results, ablation_tables(outcome(config, plan, results, {})), register="best-of-sweep")
+
+    def run(key=""):
+        return tracker._client.get_run(tracker.find("ablations", plan.name + key).id)
+
+    sweep, variant, fold, baseline = run(), run("/no_mixer"), run("/no_mixer/fold1"), run("/prototype/fold0")
+    task = "1way-1shot-mask"
+    assert sweep.data.metrics[f"miou/{task}"] == 29.5, "the best variant's mean"
+    assert sweep.data.metrics[f"variants/{task}/complete"] == 25.5
+    assert sweep.data.metrics["system/system_memory_usage_megabytes"] > 0
+    assert (variant.data.metrics[f"miou/{task}/fold0"], variant.data.metrics[f"miou/{task}/fold1"]) == (29.0, 30.0)
+    assert not any(math.isnan(value) for value in baseline.data.metrics.values())
+
+    description = sweep.data.tags["mlflow.note.content"].splitlines()
+    assert description[0] == "**Table 5: parts of the model**"
+    assert description[2].startswith("|  | 1-way 1-shot | paper | 2-way 1-shot | paper |")
+    assert any(line.startswith("| w/o class-example mixer | 29.5 ± 0.7 | 38.7 |") for line in description)
+    kept = {path.name: path for path in Path(sweep.info.artifact_uri).rglob("*")}
+    assert kept["no_mixer-fold1.jpg"].parent.name == "pictures"
+    assert kept["no_mixer-fold1.jpg"].read_bytes() == b"a picture"
+    assert json.loads(kept["config.json"].read_text())["prompts"] == list(config.prompts)
+    assert (Path(fold.info.artifact_uri) / "no_mixer-fold1.jpg").exists()
+
+    assert sweep.data.params == {"folds": "[0, 1]", "protocol": "la", "seeds": "2", "episodes": "4", "steps": "30"}
+    assert baseline.data.params == {"Variant": "prototype", "method": "prototype", "fold": "0"}
+    trained = {"preset": "paper", "recipe": "small", "lr": "0.0003", "steps": "30", "seed": "0"}
+    varies = {"Variant": "no_mixer", "method": "la", "class_example_mixer": "False"}
+    assert fold.data.params == trained | varies | {"fold": "1"}
+    assert variant.data.params == trained | varies
+    assert json.loads((Path(fold.info.artifact_uri) / "config.json").read_text())["train"]["ema"] == 0.99
+
+    used = {(one.dataset.name, one.dataset.digest) for one in fold.inputs.dataset_inputs}
+    assert ("features-vit_fake-480px", plan.store.key) in used
+    assert (f"episodes-la-fold1-{task}", "1-1-1-mask") in used
+    assert tracker._client.get_model_version("best-of-sweep", "1").run_id == fold.info.run_id, "the best of its folds"
+    models = [[model.model_id for model in one.outputs.model_outputs] for one in (sweep, fold)]
+    assert models[0] == models[1]
+    assert len(models[0]) == 1
+
+
+def test_a_search_logs_what_has_come_to_vary(tmp_path):
+    plan = plan_sweep(fake_config(tmp_path, variants=("complete", "no_mixer")))
+    search = SimpleNamespace(name="search-1", store=plan.store, variants=(), jobs=[plan.jobs[0]])
+    tracker = Tracker(Workspace(tmp_path))
+    runs = SweepRuns(tracker, "search", search, {})
+    results = {}
+    for job in plan.jobs:
+        search.jobs = [*plan.jobs[: len(results) + 1]]
+        runs.started(job)
+        results[job.name] = finish(job)
+        runs.finished(job, results[job.name])
+    runs.close(results, [])
+    first = tracker._client.get_run(tracker.find("search", "search-1/complete/fold0").id)
+    assert first.data.params["class_example_mixer"] == "True", "though it was the only trial when it ended"
 
 
 def test_a_tracker_that_fails_meanwhile_costs_no_trial(tmp_path, monkeypatch, caplog):

@@ -19,7 +19,7 @@ from pipelines.runs.code import git_sha
 from pipelines.runs.identity import run_dir_of
 from pipelines.store.reader import FeatureStore
 from pipelines.tracking.job_runs import log_evaluation, log_training, tracked_training
-from pipelines.tracking.mlflow_runs import Tracker, TrackingError, serve_ui, ui_command
+from pipelines.tracking.mlflow_runs import Tracker, TrackingError, pages, serve_ui, ui_command
 from pipelines.tracking.run_contents import changed, metric_key, source_tags, training_params, varied
 from pipelines.training.stop import Stopped
 from pipelines.workspace import Workspace
@@ -211,8 +211,9 @@ def test_train_and_evaluate_log_what_they_did(trained, tmp_path):
     assert history(tracker, training.info.run_id, "loss") == [(10, 2.0), (20, 1.0)]
     assert training.data.metrics["best_seen_miou"] == 8.0
     assert training.data.metrics["seen_miou"] == 7.0
-    figures = {"miou": 25.0, "std_seeds": 1.0, "low95": 24.0, "high95": 26.5, "fb_iou": 60.0}
-    assert judged.data.metrics == {f"{name}/1way-1shot-box": value for name, value in figures.items()}
+    figures = {"std_seeds": 1.0, "low95": 24.0, "high95": 26.5, "fb_iou": 60.0}
+    others = {f"statistics/{name}/1way-1shot-box": value for name, value in figures.items()}
+    assert judged.data.metrics == {"miou/1way-1shot-box": 25.0} | others
     assert (judged.data.params["method"], judged.data.params["steps"]) == ("la@20", "20")
     assert set(training.data.params) <= set(judged.data.params)
 
@@ -301,6 +302,21 @@ def test_a_tracker_that_fails_meanwhile_ends_no_training(trained, monkeypatch, c
     tracker = Tracker(Workspace(config.workspace))
     (run,) = runs(tracker, "train")
     assert (run.info.status, len(history(tracker, run.info.run_id, "loss"))) == ("FINISHED", 2)
+
+
+def test_the_ui_names_the_pages_worth_opening(tracker, workspace):
+    for kind, study in (("fold", "single"), ("trial", "swept")):
+        tracker.open(study, "k", "k", kind)
+    found = dict(pages(workspace, "http://server"))
+    runs_of = "http://server/#/experiments/{}/runs?workflowType=machine_learning"
+    single, swept = (runs_of.format(tracker.experiment(study)) for study in ("single", "swept"))
+    assert found["single"] == single
+    assert "single by variant" not in found
+    assert (
+        found["swept by variant"]
+        == f"{swept}&compareRunsMode=CHART&searchFilter=tags.%60la.kind%60%20%3D%20%27trial%27"
+    )
+    assert "Default" not in found
 
 
 def test_the_ui_needs_a_database_and_a_free_port(tracker, workspace, tmp_path):

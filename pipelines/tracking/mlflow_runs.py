@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import quote
 
 from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, LoggedModelOutput, Metric, Param, RunTag
@@ -239,10 +240,9 @@ def ui_command(workspace: Workspace, host: str = "127.0.0.1", port: int = 5000) 
 def serve_ui(
     workspace: Workspace, host: str = "127.0.0.1", port: int = 5000, say: Callable[[str], None] = print
 ) -> int:
-    """Serve MLflow's web pages until Ctrl-C; returns the server's exit code. `say` gets a line for each experiment.
+    """Serve MLflow's web pages until Ctrl-C; returns the server's exit code. `say` gets their addresses.
 
-    Its address leads to the runs, where MLflow itself begins with pages for language models. Raises InputError where
-    nothing was tracked yet and where the port is taken.
+    Raises InputError where nothing was tracked yet and where the port is taken.
     """
     command = ui_command(workspace, host, port)
     with socket.socket() as probe:
@@ -251,15 +251,28 @@ def serve_ui(
             probe.bind((host, port))
         except OSError as error:
             raise InputError(f"--port {port} on {host} cannot be used ({error.strerror}). Pass another.") from error
-    for experiment in MlflowClient(workspace.mlflow_uri).search_experiments(filter_string="name != 'Default'"):
-        page = f"#/experiments/{experiment.experiment_id}?workflowType=machine_learning"
-        say(f"{experiment.name}: http://{host}:{port}/{page}")
+    for name, address in pages(workspace, f"http://{host}:{port}"):
+        say(f"{name}: {address}")
     # Job execution starts a second set of processes that nothing here uses: 24 s to the first page instead of 7 s.
     server = subprocess.Popen(command, env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
     try:
         return server.wait()
     except KeyboardInterrupt:
         return server.wait()
+
+
+def pages(workspace: Workspace, server: str) -> Iterator[tuple[str, str]]:
+    """Title and address of the pages worth opening, as links: MLflow itself begins with those for language models.
+
+    For each experiment its runs and, of a sweep, the charts of its variants, among them one for each fold.
+    """
+    client = MlflowClient(workspace.mlflow_uri)
+    for experiment in client.search_experiments(filter_string="name != 'Default'"):
+        page = f"{server}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+        yield experiment.name, page
+        variants = f"tags.`{KIND}` = 'trial'"
+        if client.search_runs([experiment.experiment_id], variants, max_results=1):
+            yield f"{experiment.name} by variant", f"{page}&compareRunsMode=CHART&searchFilter={quote(variants)}"
 
 
 @contextmanager

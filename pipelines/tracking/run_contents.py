@@ -30,16 +30,22 @@ NO_PARAMS = {"workspace", "store", "threads", "device", "checkpoint", "gallery"}
 DIGEST_LENGTH = 36  # characters MLflow keeps of a data set's digest
 
 
-def metric_key(ways: int, shots: int, prompt: str, statistic: str = "miou") -> str:
+def metric_key(ways: int, shots: int, prompt: str) -> str:
     """`miou/1way-1shot-mask`: MLflow puts the charts of all metrics before a slash into one section."""
-    return f"{statistic}/{ways}way-{shots}shot-{prompt}"
+    return f"miou/{ways}way-{shots}shot-{prompt}"
 
 
 def task_metrics(task: tuple[int, int, str], score: "Scored") -> dict[str, float]:
-    """The metrics of one evaluation of (ways, shots, prompt)."""
+    """The metrics of one evaluation of (ways, shots, prompt): mIoU, and `statistics/...`, which MLflow shows below."""
     low, high = score.interval
-    values = {"miou": score.miou, "std_seeds": score.std, "low95": low, "high95": high, "fb_iou": score.fb_iou}
-    return {metric_key(*task, name): value for name, value in values.items()}
+    others = {"std_seeds": score.std, "low95": low, "high95": high, "fb_iou": score.fb_iou}
+    key = metric_key(*task)
+    return {key: score.miou} | {statistic_of(key, name): value for name, value in others.items()}
+
+
+def statistic_of(key: str, name: str) -> str:
+    """Name of another figure beside the mIoU `key`."""
+    return key.replace("miou", f"statistics/{name}", 1)
 
 
 def varied(configs: Iterable[Settings]) -> tuple[str, ...]:
