@@ -114,7 +114,9 @@ class SweepRuns:
         jobs = self._plan.jobs
         first = jobs[0].evaluations[0] if jobs and jobs[0].evaluations else None
         headline = metric_key(first.ways, first.shots, first.prompt) if first else "best_seen_miou"
-        keys = dict.fromkeys(k for metrics in summaries.values() for k in metrics if k == headline or k[:5] == "miou/")
+        keys = dict.fromkeys(
+            k for metrics in summaries.values() for k in metrics if k == headline or k.startswith("miou/")
+        )
         self._sweep.metrics({key: max(m[key] for m in summaries.values() if key in m) for key in keys})
         if self._variants:
             section = headline.replace("miou", "variants", 1)
@@ -129,10 +131,15 @@ class SweepRuns:
             self._sweep.file(picture, "pictures")
         trained = [job for job in jobs if job.name in results and results[job.name].checkpoint]
         if trained:
-            best = max(trained, key=lambda job: fold_metrics(results[job.name]).get(headline, float("-inf")))
+            best = max(trained, key=lambda job: self._rank(job, headline, summaries, results))
             run = self._open(best)
             log_best_model(results[best.name].checkpoint, self._tracker, [run, self._sweep], register)
             run.close()
+
+    def _rank(self, job: TrialSpec, key: str, summaries: dict[str, dict], results: dict[str, FoldResult]) -> list:
+        """By the variant's mean, and within it by the fold's own figure."""
+        own = fold_metrics(results[job.name])
+        return [metrics.get(key, float("-inf")) for metrics in (summaries.get(job.variant.name, own), own)]
 
     def abort(self) -> None:
         """End whatever is open as KILLED, after an error of the driver itself."""

@@ -11,9 +11,15 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
+import timm
+import torch
 from PIL import Image
 
+from la.backbone.vit import identify_weights, load_backbone
 from la.errors import InputError
+from la.model.label_anything import build, preset, save_state
+from la.predictor.checkpoint import read_checkpoint
 from pipelines.config import PredictConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.predict.segment_folder import predict
@@ -106,6 +112,24 @@ def test_the_registry_has_the_model_with_signature_example_and_requirements(logg
     assert mask[10, 120] == 0, "a corner"
     with pytest.raises(InputError, match="no supports"):
         model.predict(model.input_example[1:])
+
+
+def test_a_backbone_of_a_file_is_kept_or_named_when_the_model_is_loaded(logged, tmp_path):
+    tracker, run_id, _ = logged
+    tiny = tmp_path / "tiny.safetensors"
+    torch.manual_seed(0)
+    safetensors.torch.save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), tiny)
+    vit = load_backbone("vit_tiny_patch16_224", 64, tiny, "cpu")
+    features = read_checkpoint("demo").features | {"backbone": vit.name, "image_size": 64}
+    named = {"weights": identify_weights(vit.name, tiny), "weights_digest": vit.weights_digest}
+    model = build(preset("paper", channels=vit.channels, dim=32))
+    torch.save(save_state(model) | {"step": 1, "features": features | named}, tmp_path / "best.pt")
+    kept = mlflow.pyfunc.load_model(log_model(tmp_path, tracker, run_id, weights=tiny))
+    without = log_model(tmp_path, tracker, run_id)
+    with pytest.raises(InputError, match="Pass that file as weights"):
+        mlflow.pyfunc.load_model(without)
+    given = mlflow.pyfunc.load_model(without, model_config={"predictor": {"weights": str(tiny)}})
+    assert given.predict(example()).equals(kept.predict(example()))
 
 
 def test_a_checkpoint_that_is_none_is_named(logged, tmp_path):

@@ -1,5 +1,6 @@
 """The runs of single trainings and evaluations, in the experiments `train` and `evaluate`."""
 
+import hashlib
 import json
 import logging
 import time
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # a sweep's driver needs no more than what they make
     from pipelines.training.resume import OtherCode
     from pipelines.training.run import TrainResult
 
+MODEL = "la.model"  # tag: digest of the checkpoint that was logged, and the name it was registered by
 CURVE_SECONDS = 2.0  # between requests while a training runs
 
 logger = logging.getLogger(__name__)
@@ -102,16 +104,19 @@ def log_training(config: TrainConfig, result: "TrainResult", register: str | Non
 
 
 def log_best_model(checkpoint: Path, tracker: Tracker, runs: Sequence[Run], register: str | None = None) -> None:
-    """Log a checkpoint as the model of the first run, which the others name too.
+    """Log a checkpoint as the model of the first run, which the others name too; one that is there already is not.
 
     Without a name to register it by, a failure is a warning.
     """
     try:
         from pipelines.tracking.mlflow_model import log_model
 
-        uri = log_model(checkpoint, tracker, runs[0].id, register)
-        for run in runs[1:]:
-            run.model(uri)
+        content = f"{hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]} {register or ''}".strip()
+        if runs[-1].tag(MODEL) != content:
+            uri = log_model(checkpoint, tracker, runs[0].id, register)
+            for run in runs[1:]:
+                run.model(uri)
+            runs[-1].set_tag(MODEL, content)
     except (TrackingError, InputError, OSError) as error:
         if register:
             raise

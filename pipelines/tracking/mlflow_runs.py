@@ -185,9 +185,15 @@ class Run:
         """Name a model that another run logged."""
         self._client.log_outputs(self.id, [LoggedModelOutput(uri.removeprefix("models:/"), step=0)])
 
+    def tag(self, key: str) -> str | None:
+        return self._client.get_run(self.id).data.tags.get(key)
+
+    def set_tag(self, key: str, value: str) -> None:
+        self._client.set_tag(self.id, key, value)
+
     def describe(self, markdown: str) -> None:
         """What the run's page begins with."""
-        self._client.set_tag(self.id, "mlflow.note.content", markdown)
+        self.set_tag("mlflow.note.content", markdown)
 
     def close(self, status: Status = "FINISHED", error: str | None = None) -> None:
         """End the run. A FAILED run carries `error` as tag and artifact; a run that succeeds later loses the tag."""
