@@ -306,17 +306,18 @@ def test_a_tracker_that_fails_meanwhile_ends_no_training(trained, monkeypatch, c
 
 
 def test_the_ui_names_the_pages_worth_opening(tracker, workspace):
-    for kind, study in (("fold", "single"), ("trial", "swept")):
-        tracker.open(study, "k", "k", kind)
+    tracker.open("single", "k", "k", "fold")
+    for name in ("earlier", "newest"):
+        sweep = tracker.open("swept", name, name, "sweep")
+        time.sleep(0.01)
     found = dict(pages(workspace, "http://server"))
     runs_of = "http://server/#/experiments/{}/runs?workflowType=machine_learning"
     single, swept = (runs_of.format(tracker.experiment(study)) for study in ("single", "swept"))
     assert found["single"] == single
-    assert "single by variant" not in found
-    assert (
-        found["swept by variant"]
-        == f"{swept}&compareRunsMode=CHART&searchFilter=tags.%60la.kind%60%20%3D%20%27trial%27"
-    )
+    variants = f"searchFilter=tags.mlflow.parentRunId%20%3D%20%27{sweep.id}%27"
+    chart = f"&compareRunsMode=CHART&{variants}&orderByKey=attributes.run_name&orderByAsc=true"
+    assert found["newest by variant"] == swept + chart
+    assert "earlier by variant" not in found
     assert "Default" not in found
 
 

@@ -270,15 +270,17 @@ def serve_ui(
 def pages(workspace: Workspace, server: str) -> Iterator[tuple[str, str]]:
     """Title and address of the pages worth opening, as links: MLflow itself begins with those for language models.
 
-    For each experiment its runs and, of a sweep, the charts of its variants, among them one for each fold.
+    The runs of each experiment and, of its newest sweep, the charts that compare the variants, one for each fold.
     """
     client = MlflowClient(workspace.mlflow_uri)
     for experiment in client.search_experiments(filter_string="name != 'Default'"):
         page = f"{server}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
         yield experiment.name, page
-        variants = f"tags.`{KIND}` = 'trial'"
-        if client.search_runs([experiment.experiment_id], variants, max_results=1):
-            yield f"{experiment.name} by variant", f"{page}&compareRunsMode=CHART&searchFilter={quote(variants)}"
+        for sweep in client.search_runs([experiment.experiment_id], f"tags.`{KIND}` = 'sweep'", max_results=1):
+            variants = quote(f"tags.mlflow.parentRunId = '{sweep.info.run_id}'")
+            # in another order than by time MLflow does not hide them below the sweep
+            chart = f"compareRunsMode=CHART&searchFilter={variants}&orderByKey=attributes.run_name&orderByAsc=true"
+            yield f"{sweep.info.run_name} by variant", f"{page}&{chart}"
 
 
 @contextmanager
