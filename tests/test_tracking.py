@@ -309,14 +309,15 @@ def test_the_ui_names_the_pages_worth_opening(tracker, workspace):
     tracker.open("single", "k", "k", "fold")
     for name in ("earlier", "newest"):
         sweep = tracker.open("swept", name, name, "sweep")
+        sweep.metrics({"miou/1way-1shot-box": 3.0})
         time.sleep(0.01)
     found = dict(pages(workspace, "http://server"))
     runs_of = "http://server/#/experiments/{}/runs?workflowType=machine_learning"
     single, swept = (runs_of.format(tracker.experiment(study)) for study in ("single", "swept"))
     assert found["single"] == single
     variants = f"searchFilter=tags.mlflow.parentRunId%20%3D%20%27{sweep.id}%27"
-    chart = f"&compareRunsMode=CHART&{variants}&orderByKey=attributes.run_name&orderByAsc=true"
-    assert found["newest by variant"] == swept + chart
+    order = "orderByKey=metrics.%60miou/1way-1shot-box%60&orderByAsc=false"
+    assert found["newest by variant"] == f"{swept}&compareRunsMode=CHART&{variants}&{order}"
     assert "earlier by variant" not in found
     assert "Default" not in found
 

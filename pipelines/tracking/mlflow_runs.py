@@ -277,9 +277,11 @@ def pages(workspace: Workspace, server: str) -> Iterator[tuple[str, str]]:
         page = f"{server}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
         yield experiment.name, page
         for sweep in client.search_runs([experiment.experiment_id], f"tags.`{KIND}` = 'sweep'", max_results=1):
+            key = next((key for key in sweep.data.metrics if key.startswith("miou/")), "best_seen_miou")
             variants = quote(f"tags.mlflow.parentRunId = '{sweep.info.run_id}'")
-            # in another order than by time MLflow does not hide them below the sweep
-            chart = f"compareRunsMode=CHART&searchFilter={variants}&orderByKey=attributes.run_name&orderByAsc=true"
+            # the best first; ordered by time, MLflow hides them below the sweep
+            order = f"orderByKey={quote(f'metrics.`{key}`')}&orderByAsc=false"
+            chart = f"compareRunsMode=CHART&searchFilter={variants}&{order}"
             yield f"{sweep.info.run_name} by variant", f"{page}&{chart}"
 
 
