@@ -27,20 +27,20 @@ from sweeps.study import Variant
 from sweeps.trial import TrialSpec
 
 # params of a sweep's own run; the last three are a search's
-SWEEP_PARAMS = (
+SWEEP_PARAMS = [
     "folds",
-    "fold",
     "train_seeds",
     "protocol",
     "seeds",
     "episodes",
-    "presets",
-    "trials",
     "preset",
     "recipe",
     "lr",
     "steps",
-)
+    "fold",
+    "presets",
+    "trials",
+]
 DESCRIPTION_LENGTH = 8000  # characters MLflow takes
 
 

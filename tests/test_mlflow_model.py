@@ -1,11 +1,14 @@
 """A checkpoint as an MLflow model: what it gives by itself, far from the workspace, is what `predict` gives."""
 
+import ast
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -16,6 +19,7 @@ import timm
 import torch
 from PIL import Image
 
+import la
 from la.backbone.vit import identify_weights, load_backbone
 from la.errors import InputError
 from la.model.label_anything import build, preset, save_state
@@ -23,7 +27,7 @@ from la.predictor.checkpoint import read_checkpoint
 from pipelines.config import PredictConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.predict.segment_folder import predict
-from pipelines.tracking.mlflow_model import example, log_model
+from pipelines.tracking.mlflow_model import SCRIPT, example, log_model
 from pipelines.tracking.mlflow_runs import Tracker
 from pipelines.workspace import Workspace
 
@@ -112,6 +116,20 @@ def test_the_registry_has_the_model_with_signature_example_and_requirements(logg
     assert mask[10, 120] == 0, "a corner"
     with pytest.raises(InputError, match="no supports"):
         model.predict(model.input_example[1:])
+
+
+def test_the_requirements_are_what_the_model_imports(logged):
+    listed = Path(mlflow.pyfunc.get_model_dependencies(logged[2])).read_text().splitlines()
+    assert all(line == f"{line.split('==')[0]}=={version(line.split('==')[0])}" for line in listed)
+    imported = set()
+    for path in [SCRIPT, *Path(la.__file__).parent.rglob("*.py")]:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    packages = {{"PIL": "pillow"}.get(name, name) for name in imported - sys.stdlib_module_names - {"la"}}
+    assert {line.split("==")[0] for line in listed} == packages
 
 
 def test_a_backbone_of_a_file_is_kept_or_named_when_the_model_is_loaded(logged, tmp_path):

@@ -287,6 +287,12 @@ def test_a_training_that_ends_early_closes_its_run_and_a_mistake_leaves_none(tra
         reports.append({"step": 10, "loss": 2.0})
 
 
+def test_a_mistyped_workspace_stays_empty(tmp_path):
+    with pytest.raises(InputError, match="holds no features"):
+        tracked_training(TrainConfig(workspace=tmp_path / "mistyped"))
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_a_tracker_that_fails_meanwhile_ends_no_training(trained, monkeypatch, caplog):
     config, result = trained
     works = Tracker.open

@@ -65,7 +65,9 @@ class LiveTraining:
     """The run of a training under way. It is opened by the first report, so that a wrong setting leaves none."""
 
     def __init__(self, config: TrainConfig):
-        self._config, self._tracker = config, Tracker(Workspace(config.workspace))
+        workspace = Workspace(config.workspace)
+        workspace.find_store(config.store)  # first, so that nothing is made in a folder that is no workspace
+        self._config, self._tracker = config, Tracker(workspace)
         self._stack, self._tolerate = ExitStack(), Tolerant()
         self._run: Run | None = None
         self._waiting: list[dict] = []
@@ -117,7 +119,7 @@ def log_best_model(checkpoint: Path, tracker: Tracker, runs: Sequence[Run], regi
             for run in runs[1:]:
                 run.model(uri)
             runs[-1].set_tag(MODEL, content)
-    except (TrackingError, InputError, OSError) as error:
+    except (TrackingError, InputError, OSError, ImportError) as error:
         if register:
             raise
         logger.warning("%s is not in MLflow as a model: %s", checkpoint, error)
