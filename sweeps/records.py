@@ -27,20 +27,7 @@ from sweeps.study import Variant
 from sweeps.trial import TrialSpec
 
 # params of a sweep's own run; the last three are a search's
-SWEEP_PARAMS = [
-    "folds",
-    "train_seeds",
-    "protocol",
-    "seeds",
-    "episodes",
-    "preset",
-    "recipe",
-    "lr",
-    "steps",
-    "fold",
-    "presets",
-    "trials",
-]
+SWEEP_PARAMS = ["folds", "train_seeds", "protocol", "seeds", "episodes", "recipe", "lr", "steps", "fold", "presets", "trials"]
 DESCRIPTION_LENGTH = 8000  # characters MLflow takes
 
 
