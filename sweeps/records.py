@@ -26,8 +26,8 @@ from sweeps.results import FoldResult, last_line
 from sweeps.study import Variant
 from sweeps.trial import TrialSpec
 
-# params of a sweep's own run; the last three are a search's
-SWEEP_PARAMS = ["folds", "train_seeds", "protocol", "seeds", "episodes", "recipe", "lr", "steps", "fold", "presets", "trials"]
+# params of a sweep's own run; the last two are a search's
+SWEEP_PARAMS = ["folds", "train_seeds", "protocol", "seeds", "episodes", "recipe", "lr", "steps", "fold", "trials"]
 DESCRIPTION_LENGTH = 8000  # characters MLflow takes
 
 

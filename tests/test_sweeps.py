@@ -428,7 +428,7 @@ def test_mlflow_shows_a_sweep_with_table_pictures_charts_and_model(tmp_path, mon
         results[job.name] = result
         runs.finished(job, result)
     time.sleep(0.3)
-    runs.close(results, ablation_tables(outcome(config, plan, results, {})), register="best-of-sweep")
+    runs.close(results, tables_of(outcome(config, plan, results, {})), register="best-of-sweep")
 
     def run(key=""):
         return tracker._client.get_run(tracker.find("ablations", plan.name + key).id)
