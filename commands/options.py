@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from la.errors import InputError
 from pipelines.config import RECIPES, Settings, TrainConfig, closest, entry_type, fields_of, panel_of, plain_type
-from pipelines.experiment_file import as_file, assignment, read_settings
+from pipelines.experiment_file import as_file, as_text, assignment, flag_of, read_settings
 from pipelines.remote_path import RemotePath, path_or_uri
 from pipelines.training.stop import Stopped
 
@@ -149,21 +149,6 @@ def _parameter(name: str, kind: Any, how: Any, required: bool = False) -> inspec
         default=default,
         annotation=Annotated[kind if required else kind | None, how],
     )
-
-
-def flag_of(settings: type[Settings], name: str) -> str:
-    """The option's name, such as --val-every for val_every."""
-    extra = settings.model_fields[name].json_schema_extra if name in settings.model_fields else None
-    return "--" + ((extra or {}).get("flag") or name).replace("_", "-")
-
-
-def as_text(value: Any) -> str:
-    """A value as it is typed: on, 0.0003, mask,point or 4x1x4,2x4x2."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, tuple | list):
-        return ",".join("x".join(map(str, v)) if isinstance(v, tuple | list) else str(v) for v in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _assemble(settings: type[Settings], defaults: dict, given: dict, training: Collection[str]) -> Settings:

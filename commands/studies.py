@@ -107,7 +107,16 @@ def new(file: Annotated[Path, typer.Argument(help="The .toml file to write.")]) 
 
 
 def run_study(config: SweepConfig, study: Study, dry_run: bool, **how: str | None) -> None:
-    """Run a sweep, or print what it would run. `how`: `code` and `register` of `run_sweep`."""
+    """Run a sweep or, of a study with a space, a search; or print what it would run. `how`: as of `run_sweep`."""
+    if study.space:
+        names = set(SearchConfig.model_fields) & config.model_fields_set - {"study", "train", "seeds"}
+        given = search_of(study) | {name: getattr(config, name) for name in names}
+        train = given["train"] | config.train
+        steps = {"steps": train.pop("steps")} if "steps" in train else {}
+        run_searching(
+            SearchConfig(**given | steps | {"train": train, "fold": config.folds[0], "seed": config.train_seeds[0]})
+        )
+        return
     if dry_run:
         from sweeps.forecast import forecast
 
@@ -122,7 +131,14 @@ def run_study(config: SweepConfig, study: Study, dry_run: bool, **how: str | Non
     finish_sweep(result, tables_of(result))
 
 
-@verb(sweep_app, SearchConfig, goes_on=True)
+@verb(
+    sweep_app,
+    SearchConfig,
+    defaults=lambda **_: search_of(find_study("search")),
+    training=("batch_scale", "also", "workers", "preset"),
+    from_file=True,
+    goes_on=True,
+)
 def search(config: SearchConfig, address: AddressOption = None) -> None:
     """Search for settings: learning rate, weight decay, width, loss, mixture of prompts and preset.
 
@@ -139,8 +155,20 @@ def search(config: SearchConfig, address: AddressOption = None) -> None:
 
     At the end: the trials, best first; which settings made the difference; and the best as a `train` command. In this
     workspace its training is finished already, so it returns at once and `evaluate` can follow. Repeat it with another
-    --fold or more --steps.
+    --fold or more --steps. A setting that is given is not searched; a study with a [space] of its own is `sweep run`.
     """
+    run_searching(config)
+
+
+def search_of(study: Study) -> dict:
+    """What a study says of its search, by the names of SearchConfig."""
+    settings = dict(study.train)
+    own = {"steps": settings.pop("steps")} if "steps" in settings else {}
+    return own | {"space": study.space, "train": settings, "fold": study.folds[0], "study": study.name} | study.search
+
+
+def run_searching(config: SearchConfig) -> None:
+    """Run a search, print its table and the best as a command."""
     from sweeps.search.search_run import run_search
 
     result = run_search(config, console, command=shlex.join(["python", *sys.argv]))

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from la.data.folds import FoldLists
-from la.episodes.protocols import protocol_of
+from la.episodes.protocols import PROTOCOLS, protocol_of
 from la.schedules import Schedule
 from pipelines.remote_path import PathOrUri
 
@@ -298,7 +298,7 @@ class ProtocolSettings(Settings):
     """What decides how episodes are drawn and scored; the protocol sets the numbers that are not given."""
 
     panel: ClassVar[str] = "Evaluation"
-    protocol: Literal["la", "hsnet", "pfenet", "panet", "large"] = setting(
+    protocol: Literal[tuple(PROTOCOLS)] = setting(
         "la", "How episodes are drawn and scored; numbers compare within one."
     )
     seeds: int = setting(5, "Sets of episodes, mean and std are over them; not given: the protocol's.", ge=1)
@@ -318,7 +318,7 @@ class EvaluateConfig(ProtocolSettings, DeviceSettings, StoreSettings):
     """Evaluation of one method on the unseen classes of one fold by a protocol (paper section 5.1)."""
 
     panel: ClassVar[str] = "Evaluation"
-    method: str = setting("la", "la, or without training: prototype, parts, affinity or ridge.")
+    method: str = setting("la", "la, or a method without training of la.evaluation.baselines, such as prototype.")
     checkpoint: Path | None = setting(
         None, "A run's folder or a checkpoint file; not given: the fold's newest finished run."
     )
@@ -364,7 +364,8 @@ class ProfileConfig(DeviceSettings, StoreSettings):
     panel: ClassVar[str] = "Profile"
     shots: tuple[Count, ...] = setting((1, 2, 5, 10), "Support images of each class.", min_length=1)
     methods: tuple[str, ...] = setting(
-        ("la", "hybrid", "affinity"), "Some of la, hybrid, affinity (dense, as in DCAMA), prototype, parts, ridge."
+        ("la", "hybrid", "affinity"),
+        "Some of la, hybrid and the methods of la.evaluation.baselines; affinity is dense, as in DCAMA.",
     )
     preset: str = setting("official", "LA of random weights: paper, official or debug.")
     checkpoint: Annotated[Path, AfterValidator(Path.absolute)] | None = setting(
@@ -463,19 +464,51 @@ class SweepConfig(ProtocolSettings, TrialPlacement):
     prompts: tuple[Prompt, ...] = setting(PROMPTS, "Prompts of the evaluations.", min_length=1)
 
 
+class SettingSpace(Settings):
+    """What a search may give a setting: one of `values`, or a number from `low` to `high`.
+
+    With `relative`, values are multiples of, or added to, what the preset and its recipe have.
+    """
+
+    values: tuple | None = None
+    low: float | None = None
+    high: float | None = None
+    log: bool = False  # evenly by orders of magnitude
+    relative: Literal["times", "plus"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list(cls, given: Any) -> Any:
+        return {"values": given} if isinstance(given, list | tuple) else given
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "SettingSpace":
+        ranged = self.low is not None and self.high is not None and self.low < self.high
+        if bool(self.values) == ranged or (self.log and not (self.low or 0) > 0):
+            raise ValueError("expected a list of values, or low < high, above 0 with log")
+        return self
+
+
 class SearchConfig(TrialPlacement):
     """A search for settings of training by what they reach on seen classes."""
 
     panel: ClassVar[str] = "Search"
+    study: str = "search"  # its name, or its file
+    space: dict[str, SettingSpace] = {}  # setting of training -> what it may be
+    train: dict[str, Any] = {}  # other settings of training, which are not searched
     trials: int = setting(30, "Trials that finish or are stopped early; with more, an ended search goes on.", ge=1)
+    hours: float | None = setting(None, "Begin no further trial after so many hours.", gt=0)
     fold: int = setting(0, "COCO-20i fold, 0 to 3; its 20 classes stay unseen, by the search too.", ge=0, le=3)
-    presets: tuple[str, ...] = setting(("paper", "hybrid"), "Presets to choose from.", min_length=1)
     steps: int = setting(2000, "Training steps of a trial that is not stopped early.", ge=1)
-    batch_scale: float = setting(1.0, "Times B in the recipe's (B, N, K); 0.5 halves memory and time.", gt=0)
     val_episodes: int = setting(200, "Episodes of seen classes of each validation.", ge=1)
-    also: tuple[Path, ...] = setting((), "Workspace of another folder to train on too; may be repeated.")
+    sampler: Literal["tpe", "random"] = setting("tpe", "What proposes: Optuna's TPE, from earlier results, or chance.")
+    early_stopping: bool = setting(True, "Stop poor trials early (ASHA).")
     seed: int = setting(0, "Seed of the sampler and of every training.")
-    workers: int = setting(0, "Ray Train workers of each trial; 0: it trains in its own process.", ge=0)
+
+    @property
+    def spaces(self) -> dict[str, SettingSpace]:
+        """The settings that are searched: those that were given are not."""
+        return {name: space for name, space in self.space.items() if name not in self.train}
 
 
 class CheckpointSettings(DeviceSettings):

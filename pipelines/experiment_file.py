@@ -1,4 +1,4 @@
-"""Settings from text: an experiment's TOML file, NAME=VALUE, and back to a file with what each setting does."""
+"""Settings as text: an experiment's TOML file, NAME=VALUE, options of the command line, and back."""
 
 import tomllib
 from pathlib import Path
@@ -39,3 +39,35 @@ def as_file(config: Settings) -> str:
         text = f"# {name} =\n" if value is None else tomli_w.dumps({name: value})
         lines.append(f"# {about}\n{text}" if about else text)
     return "\n".join(lines)
+
+
+def flag_of(settings: type[Settings], name: str) -> str:
+    """The option's name, such as --val-every for val_every."""
+    extra = settings.model_fields[name].json_schema_extra if name in settings.model_fields else None
+    return "--" + ((extra or {}).get("flag") or name).replace("_", "-")
+
+
+def as_text(value: Any) -> str:
+    """A value as it is typed: on, 0.0003, mask,point or 4x1x4,2x4x2."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple | list):
+        return ",".join("x".join(map(str, v)) if isinstance(v, tuple | list) else str(v) for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def as_options(config: TrainConfig) -> list[str]:
+    """The options of `train` that give these settings: preset, recipe, and what differs from theirs."""
+    usual = TrainConfig(preset=config.preset, recipe=config.recipe)
+    words = ["--workspace", str(config.workspace), "--preset", config.preset, "--recipe", config.recipe]
+    for name in fields_of(TrainConfig):
+        value, flag = getattr(config, name), flag_of(TrainConfig, name)
+        if value == getattr(usual, name) or name in ("workspace", "preset", "recipe", "device", "threads"):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+        elif name == "also":
+            words += [word for path in value for word in (flag, str(path))]
+        else:
+            words += [flag, as_text(value)]
+    return words

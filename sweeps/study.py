@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from la.errors import InputError
-from pipelines.config import RECIPES, Count, Prompt, Settings, TrainConfig, closest
+from pipelines.config import RECIPES, Count, Prompt, Settings, SettingSpace, TrainConfig, closest
 
 Task = tuple[int, int]  # ways, shots
 Paper = Mapping[Task, float | tuple[float, ...]]  # mIoU in percent; a tuple has one number a fold
@@ -86,6 +86,8 @@ class Study(Settings):
     train: dict[str, Any] = Field({})  # settings of training for every variant
     variants: tuple[Variant, ...] = ()
     grid: dict[str, list] = Field({})  # setting of training -> values; every trained variant is crossed with every cell
+    space: dict[str, SettingSpace] = Field({})  # setting of training -> what a search may give it
+    search: dict[str, Any] = Field({})  # of SearchConfig: trials, hours, sampler, early_stopping, val_episodes
     baseline: str | None = None  # the variant that others are compared with, on the same episodes
     train_seeds: tuple[int, ...] = Field((0,), min_length=1)
     folds: tuple[int, ...] = Field((0,), min_length=1)
@@ -106,6 +108,7 @@ class Study(Settings):
         for where, settings in (
             ("train", self.train),
             ("grid", self.grid),
+            ("space", self.space),
             *((v.name, v.settings) for v in self.variants),
         ):
             for setting in settings:

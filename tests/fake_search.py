@@ -14,15 +14,22 @@ from types import SimpleNamespace
 
 from fake_sweep import fake_store
 
-from pipelines.config import SearchConfig, TrainConfig
+from pipelines.config import SearchConfig, SettingSpace, TrainConfig
 from pipelines.runs.identity import run_dir_of, run_name
+from sweeps.study import find_study
 
 STEPS, TRIALS = 60, 6
+TRAINING = ("also", "batch_scale", "workers")
 
 
 def fake_config(workspace: Path, **changes: object) -> SearchConfig:
     fake_store(workspace)
-    return SearchConfig(workspace=workspace, **({"steps": STEPS, "trials": TRIALS} | changes))
+    study, train = find_study("search"), {name: changes.pop(name) for name in TRAINING if name in changes}
+    space = dict(study.space)
+    if "presets" in changes:
+        space["preset"] = SettingSpace(values=changes.pop("presets"))
+    how = {"steps": STEPS, "trials": TRIALS, "space": space, "train": train}
+    return SearchConfig(workspace=workspace, **(how | changes))
 
 
 def quality(config: TrainConfig) -> float:

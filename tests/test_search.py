@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 import cli
 from la.errors import InputError
 from la.model.label_anything import preset
-from pipelines.config import TrainConfig
+from pipelines.config import SettingSpace, TrainConfig
 from pipelines.runs.identity import run_name
 from sweeps.search.search_run import SearchResult
 from sweeps.search.search_state import KEPT, Search, run_searched
-from sweeps.search.space import own_settings, train_command, train_config
+from sweeps.search.space import own_points, train_command, train_config
 from sweeps.trial import finished
 
 
@@ -46,7 +46,7 @@ def result_of(search):
 def test_the_first_trials_are_the_presets_as_they_are(tmp_path):
     config = fake_config(tmp_path, presets=("paper", "official", "hybrid"))
     search, trials = run(config, 4)
-    for name, (trial, _) in zip(config.presets, trials, strict=False):
+    for name, (trial, _) in zip(config.space["preset"].values, trials, strict=False):
         train = search.job(trial).train
         plain = TrainConfig(workspace=tmp_path, preset=name, dim=preset(name).dim)
         same = {"lr", "weight_decay", "loss", "prompts", "batches", "recipe", "ema", "flips", "dim", "preset"}
@@ -76,7 +76,7 @@ def test_proposals_learn_from_the_results(long_search):
     search, trials = long_search
     found = [quality(search.job(trial).train) for trial, _ in trials[1:]]
     assert sum(found[-10:]) > sum(found[:10]) + 10
-    assert max(found) > quality(train_config(search.config, own_settings("paper")))
+    assert max(found) > quality(train_config(search.config, own_points(search.config.spaces, {})[0]))
 
 
 def test_poor_trials_are_stopped_early_and_never_win(long_search):
@@ -137,7 +137,7 @@ def test_the_printed_command_is_the_very_training(tmp_path, monkeypatch, changes
 
     monkeypatch.setattr("pipelines.training.run.train", caught)
     for job in [search.job(trial) for trial in search.study.trials]:
-        words = shlex.split(train_command(job.train, search.config.batch_scale))
+        words = shlex.split(train_command(job.train))
         assert words[:2] == ["python", "cli.py"]
         CliRunner().invoke(cli.app, words[2:])
         assert run_name(found.pop()) == run_name(job.train)
@@ -149,7 +149,7 @@ def test_the_table_ranks_trials_and_weighs_settings(tmp_path, long_search):
     (table,) = told.tables
     assert len(table.rows) == 35
     assert all(len(row) == len(table.columns) for row in table.rows)
-    whole = [float(row[1]) for row in table.rows if "*" not in row[2]]
+    whole = [float(row[1]) for row in table.rows if "*" not in row[1]]
     assert whole == sorted(whole, reverse=True)
     assert max(told.importance, key=told.importance.get) == "lr_times"
     assert "lr_times" in table.text()
@@ -167,10 +167,34 @@ def test_more_trials_are_the_same_search_and_what_changes_a_result_is_not(tmp_pa
         assert Search(fake_config(tmp_path, **other)).name != name
 
 
-@pytest.mark.parametrize("presets", [("paper", "no_such"), ("paper", "paper")])
-def test_wrong_presets_are_named(tmp_path, presets):
-    with pytest.raises(InputError, match=r"--presets .*Choose from paper"):
-        Search(fake_config(tmp_path, presets=presets))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"presets": ("paper", "no_such")}, "no_such is unknown. Choose one of"),
+        ({"space": {"learning_rate": [1, 2]}}, "learning_rate is not a setting"),
+        ({"space": {"fold": [1, 2]}}, "fold is not a setting to search"),
+        ({"space": {}}, "has no .space."),
+    ],
+)
+def test_a_wrong_space_is_told(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        Search(fake_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("wrong", [{}, {"low": 1}, {"low": 2, "high": 1}, {"low": 0, "high": 1, "log": True}, []])
+def test_a_space_is_a_list_or_a_range(wrong):
+    with pytest.raises(ValueError, match=r"expected a list of values, or low < high"):
+        SettingSpace.model_validate(wrong)
+
+
+def test_a_given_setting_is_not_searched_and_chance_may_propose(tmp_path):
+    config = fake_config(tmp_path, sampler="random", early_stopping=False)
+    config = config.model_copy(update={"train": {"lr": 1e-3, "gamma": 1.0}})
+    search, trials = run(config, 12)
+    assert {search.job(trial).train.lr for trial, _ in trials} == {1e-3}
+    assert {search.job(trial).train.gamma for trial, _ in trials} == {1.0}
+    assert not any(result.stopped_early for _, result in trials)
+    assert len({search.job(trial).train.weight_decay for trial, _ in trials}) > 8
 
 
 def test_a_training_knows_nothing_of_unseen_classes(tmp_path):

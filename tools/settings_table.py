@@ -5,7 +5,6 @@ from pathlib import Path
 import annotated_types
 from pydantic_core import PydanticUndefined
 
-from commands.options import as_text, flag_of
 from pipelines.config import (
     RECIPES,
     EvaluateConfig,
@@ -18,6 +17,7 @@ from pipelines.config import (
     fields_of,
     panel_of,
 )
+from pipelines.experiment_file import as_text, flag_of
 
 FILE = Path(__file__).parents[1] / "docs" / "settings.md"
 SIGNS = (
