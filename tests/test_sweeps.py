@@ -1,5 +1,6 @@
 import errno
 import gc
+import itertools
 import json
 import math
 import os
@@ -23,11 +24,13 @@ from pipelines.bench.random_store import made_up_features
 from pipelines.config import TrialPlacement
 from pipelines.episodes.batches import BatchBuilder
 from pipelines.episodes.episode_shards import EpisodePlan, pool_of
+from pipelines.runs.identity import run_dir_of
 from pipelines.store.reader import FeatureStore
 from pipelines.tracking.mlflow_runs import Tracker, TrackingError
 from pipelines.workspace import Workspace, locked
+from sweeps import runner
 from sweeps.display import SweepDisplay
-from sweeps.paper_tables import tables_of
+from sweeps.paper_tables import paired_difference, tables_of
 from sweeps.plan import plan_sweep
 from sweeps.records import SweepRuns, over_folds
 from sweeps.results import SweepResult, read_result
@@ -181,6 +184,96 @@ def test_the_hybrid_without_each_ingredient_has_a_table_of_its_own(tmp_path):
     assert [row[0] for row in first.rows] == ["prototype (no training)"]
     assert [row[0] for row in second.rows] == ["LA, hybrid preset", "w/o object metric"]
     assert prompts.rows[0][0] == "hybrid: masks"
+
+
+STUDY = """
+about = "two settings, two values, two seeds"
+folds = [0, 1]
+train_seeds = [0, 1]
+baseline = "lr=0.1-loss=focal"
+ways = [1]
+[train]
+steps = 30
+[grid]
+lr = [0.1, 0.2]
+loss = ["focal", "iou"]
+"""
+
+
+def test_a_study_of_ones_own_has_means_over_seeds_and_paired_differences(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(STUDY)
+    study = find_study(str(file))
+    config = fake_config(tmp_path, study=str(file), variants=None, train={"gamma": 1.0}, **study.evaluation())
+    plan = plan_sweep(config)
+    assert len(plan.jobs) == 2 * 2 * 2 * 2
+    assert {(j.train.lr, j.train.loss, j.train.fold, j.train.seed) for j in plan.jobs} == set(
+        itertools.product((0.1, 0.2), ("focal", "iou"), (0, 1), (0, 1))
+    )
+    assert {(j.train.gamma, j.train.steps) for j in plan.jobs} == {(1.0, 30)}
+    assert plan.jobs[1].name == "lr=0.1-loss=focal/fold0/seed1"
+
+    def evaluate(config, on_progress):
+        """Better by the learning rate, worse by the seed of training."""
+        gain = 10 * rates[config.checkpoint.parent.name][0] + rates[config.checkpoint.parent.name][1]
+        plain = fake_evaluate(config, on_progress)
+        shifted = {"miou": plain.miou + gain, "resampled": tuple(each + gain for each in plain.resampled)}
+        return SimpleNamespace(**vars(plain) | shifted)
+
+    rates = {run_dir_of(j.train).name: (j.train.lr, j.train.seed) for j in plan.jobs}
+    results = {j.name: run_trial(j, ignore, fake_train, evaluate) for j in plan.jobs}
+    first, differences = tables_of(outcome(config, plan, results, {}))
+    # folds 25 and 26, seeds 0 and 1 better by one point, a rate of 0.1 by one more
+    assert first.rows[0][:2] == ("lr=0.1, loss=focal", f"{25.5 + 0.5 + 1:.1f} ± {0.5**0.5:.1f}")
+    assert "± over seeds of training" in first.notes[0]
+    assert [row[0] for row in differences.rows] == ["lr=0.1, loss=iou", "lr=0.2, loss=focal", "lr=0.2, loss=iou"]
+    assert differences.rows[0][1] == "+0.0 [+0.0, +0.0]"
+    assert differences.rows[1][1] == "+1.0 [+1.0, +1.0]"
+    three = outcome(config, plan, {n: r for n, r in results.items() if n != plan.jobs[0].name}, {})
+    assert tables_of(three)[0].rows[0][1].endswith("(seeds missing)")
+    mean, low, high = paired_difference(three, "lr=0.2-loss=iou", "lr=0.1-loss=focal", (1, 1, "mask"))
+    assert low <= mean <= high
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("loss = [", "is not a study"),
+        ("learning_rate = [1]", "'learning_rate' is not a setting of training. Nearest: "),
+        ("fold = [1]", "'fold' is not a setting of training"),
+    ],
+)
+def test_what_is_wrong_in_a_study_is_told(tmp_path, change, message):
+    file = tmp_path / "mine.toml"
+    file.write_text(STUDY + change)
+    with pytest.raises(InputError, match=message):
+        find_study(str(file))
+
+
+def test_a_study_in_python_is_that_of_the_file(tmp_path):
+    (tmp_path / "mine.toml").write_text(STUDY)
+    (tmp_path / "mine.py").write_text(f"import tomllib\ndef study():\n    return tomllib.loads({STUDY!r})\n")
+    assert find_study(str(tmp_path / "mine.py")) == find_study(str(tmp_path / "mine.toml"))
+
+
+def test_a_sweep_does_not_mix_codes_unless_told_to(tmp_path, monkeypatch):
+    plan = plan_sweep(fake_config(tmp_path, variants=("complete", "no_mixer")))
+    jobs = {job.name: job for job in plan.jobs}
+
+    def of_code(code):
+        return lambda *a: SimpleNamespace(**vars(fake_train(*a)) | {"code": code})
+
+    now = runner.code_now().digest
+    for job, code in zip(plan.jobs, ("0ld", now), strict=True):
+        run_trial(job, ignore, of_code(code), fake_evaluate)
+    with pytest.raises(InputError, match=rf"1 of 2 trials were trained by code 0ld, the code is now {now}.*--again"):
+        runner.settle_codes(jobs, "ask")
+    kept = runner.settle_codes(jobs, "keep")
+    assert kept.keys() == jobs.keys()
+    notes = tables_of(outcome(fake_config(tmp_path), plan, kept, {}))[0].notes
+    assert "trained by code 0ld: complete/fold0" in notes
+    assert runner.settle_codes(jobs, "again").keys() == {"no_mixer/fold0"}
+    assert not jobs["complete/fold0"].file.exists()
 
 
 def test_a_result_that_was_edited_is_the_users_to_mend(tmp_path):
