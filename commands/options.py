@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from la.errors import InputError
+from la.errors import Diverged, InputError
 from pipelines.config import RECIPES, Settings, TrainConfig, closest, entry_type, fields_of, panel_of, plain_type
 from pipelines.experiment_file import as_file, as_text, assignment, flag_of, read_settings
 from pipelines.remote_path import RemotePath, path_or_uri
@@ -165,13 +165,16 @@ def _assemble(settings: type[Settings], defaults: dict, given: dict, training: C
 
 @contextmanager
 def mistakes(goes_on: bool = False) -> Iterator[None]:
-    """The user's mistakes are one message and exit code 2; Ctrl-C is 130, and says whether the command `goes_on`."""
+    """The user's mistakes are one message and exit code 2, a training that diverged 1; Ctrl-C is 130.
+
+    `goes_on`: whether the same command goes on where it was, which Ctrl-C is answered with.
+    """
     try:
         yield
     except (InputError, ValidationError) as error:
         message = str(error) if isinstance(error, InputError) else wrong_setting(error)
         Console(stderr=True).print("error:", message, style="red", highlight=False, soft_wrap=True, markup=False)
-        raise typer.Exit(2) from error
+        raise typer.Exit(1 if isinstance(error, Diverged) else 2) from error
     except Stopped as stopped:
         Console(stderr=True).print(stopped, style="yellow", highlight=False, soft_wrap=True, markup=False)
         raise typer.Exit(stopped.exit_code) from None

@@ -162,7 +162,9 @@ class FeaturizeConfig(BackboneSettings, DeviceSettings, WorkspaceSettings):
     """One pass of a frozen ViT over every photo of a COCO folder (paper section 4.1)."""
 
     panel: ClassVar[str] = "Features"
-    coco_dir: PathOrUri = setting(..., "Folder or URI with annotations/, train2017/ and val2017/.")
+    coco_dir: PathOrUri = setting(
+        Path("coco"), "Folder or URI with annotations/, train2017/ and val2017/.", envvar="LA_COCO_DIR"
+    )
     train_split: str | None = setting(None, "Such as train2014; not given: the newest year there.")
     val_split: str | None = setting(None, "Such as val2014; not given: the newest year there.")
     dtype: StoredDtype = setting("float16", "Stored features; int8, a scale per token, takes half the bytes.")
