@@ -118,7 +118,8 @@ def test_one_flag_has_one_type_everywhere():
         commands += getattr(command, "commands", {}).values()
         for parameter in command.params:
             for flag in parameter.opts:
-                kinds.setdefault(flag, set()).add(str(getattr(parameter.type_descriptor, "annotation", "")))
+                kind = getattr(parameter, "type_descriptor", None) or parameter.type  # of older versions of typer
+                kinds.setdefault(flag, set()).add(str(getattr(kind, "annotation", type(kind))))
     several = {flag for flag, names in kinds.items() if len(names) > 1}
     # one number, or several with commas where a verb takes several; a path, or "demo" where that is one; see --help
     assert several <= {"--ways", "--shots", "--folds", "--checkpoint", "--fold-classes"}

@@ -544,7 +544,14 @@ def test_mlflow_shows_a_sweep_with_table_pictures_charts_and_model(tmp_path, mon
     assert json.loads(kept["config.json"].read_text())["prompts"] == list(config.prompts)
     assert (Path(fold.info.artifact_uri) / "no_mixer-fold1.jpg").exists()
 
-    assert sweep.data.params == {"folds": "[0, 1]", "protocol": "la", "seeds": "2", "episodes": "4", "steps": "30"}
+    assert sweep.data.params == {
+        "folds": "[0, 1]",
+        "train_seeds": "[0]",
+        "protocol": "la",
+        "seeds": "2",
+        "episodes": "4",
+        "steps": "30",
+    }
     assert baseline.data.params == {"Variant": "prototype", "method": "prototype", "fold": "0"}
     trained = {"preset": "paper", "recipe": "small", "lr": "0.0003", "steps": "30", "seed": "0"}
     varies = {"Variant": "no_mixer", "method": "la", "class_example_mixer": "False"}
