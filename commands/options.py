@@ -56,7 +56,7 @@ FILE_OPTIONS = {
     ),
     "assigned": (
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any setting of training; may be given repeatedly."),
+        typer.Option("--set", metavar="NAME=VALUE", help="Any setting by its name, in a sweep any of training; may be given repeatedly."),
     ),
     "print_config": (bool, typer.Option("--print-config", help="Print all settings as a file for --config, and end.")),
 }
@@ -157,9 +157,12 @@ def _assemble(settings: type[Settings], defaults: dict, given: dict, training: C
     values = defaults | (read_settings(file) if file else {})
     named = {name: value for name, value in given.items() if value is not None and value != []}
     nested = {name: named.pop(name) for name in training if name in named}
-    assignments = dict(assignment(each) for each in assigned)
+    assignments = dict(assignment(each, TrainConfig if training else settings) for each in assigned)
     if training:
-        return settings(**(values | named), train=values.pop("train", {}) | assignments | nested)
+        train = values.get("train", {})
+        if not isinstance(train, dict):
+            raise InputError(f"train is {train!r} in {file}; expected a table of settings of training.")
+        return settings(**(values | named | {"train": train | assignments | nested}))
     return settings(**(values | assignments | named))
 
 

@@ -266,7 +266,7 @@ class TrainConfig(ModelSettings, OptimisationSettings, DeviceSettings, StoreSett
     )
     name: str | None = setting(None, "Folder of the run in the workspace's runs; not given: named by its settings.")
     seed: int = setting(0, "Seed of weights and training episodes.")
-    batches: tuple[tuple[int, int, int], ...] = setting(
+    batches: tuple[tuple[Count, Count, Count], ...] = setting(
         PAPER_BATCHES, "(B, N, K) of a worker's batches, one drawn for each step, such as 4x1x4,2x4x2.", min_length=1
     )
     batch_scale: float = setting(

@@ -20,13 +20,13 @@ def read_settings(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def assignment(text: str) -> tuple[str, str | bool]:
-    """NAME=VALUE as (field of TrainConfig, value). Raises InputError with the nearest names for one that is unknown."""
+def assignment(text: str, settings: type[Settings] = TrainConfig) -> tuple[str, str]:
+    """NAME=VALUE as (field of `settings`, value). Raises InputError with the nearest names for one that is unknown."""
     name, sign, value = text.partition("=")
     name = name.strip().replace("-", "_")
-    if not sign or name not in fields_of(TrainConfig):
-        near = closest(name, TrainConfig)
-        raise InputError(f"--set {text}: expected NAME=VALUE with a setting of training, such as {near}.")
+    if not sign or name not in fields_of(settings):
+        near = closest(name, settings)
+        raise InputError(f"--set {text}: expected NAME=VALUE with a setting, such as {near}.")
     return name, value.strip()
 
 
@@ -36,9 +36,14 @@ def as_file(config: Settings) -> str:
     values = config.model_dump(mode="json").items()
     for name, value in sorted(values, key=lambda pair: isinstance(pair[1], dict)):  # a table takes all that follows it
         about = type(config).model_fields[name].description
-        text = f"# {name} =\n" if value is None else tomli_w.dumps({name: value})
+        text = f"# {name} =\n" if value is None else tomli_w.dumps({name: _without_none(value)})
         lines.append(f"# {about}\n{text}" if about else text)
     return "\n".join(lines)
+
+
+def _without_none(value: Any) -> Any:
+    """The tables within a table keep what has a value: TOML has no word for none."""
+    return {k: _without_none(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def flag_of(settings: type[Settings], name: str) -> str:
