@@ -56,7 +56,11 @@ FILE_OPTIONS = {
     ),
     "assigned": (
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any setting by its name, in a sweep any of training; may be given repeatedly."),
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any setting by its name, in a sweep any of training; may be given repeatedly.",
+        ),
     ),
     "print_config": (bool, typer.Option("--print-config", help="Print all settings as a file for --config, and end.")),
 }
@@ -193,8 +197,9 @@ def wrong_setting(error: ValidationError) -> str:
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
         return f"{name} is not a setting of {kind.__name__}. Nearest: {closest(name, kind)}."
-    flag = flag_of(kind, name) if name else "settings"
-    return f"{flag} is {first['input']!r}: {first['msg']}."
+    if not name:  # of several settings together
+        return first["msg"].removeprefix("Value error, ")
+    return f"{flag_of(kind, name)} is {first['input']!r}: {first['msg']}."
 
 
 def _all_settings(kind: type[Settings]) -> Iterator[type[Settings]]:

@@ -18,6 +18,7 @@ from commands.options import (
     say,
     verb,
 )
+from la.errors import InputError
 from pipelines.config import SearchConfig, SweepConfig, WorkspaceSettings
 from sweeps.study import BUILT_IN, Study, find_study
 
@@ -98,8 +99,6 @@ def run_file(
 def new(file: Annotated[Path, typer.Argument(help="The .toml file to write.")]) -> None:
     """Write a study with comments, to be changed: then `sweep run FILE`."""
     with mistakes():
-        from la.errors import InputError
-
         if file.exists():
             raise InputError(f"{file} is there already. Pass another name, or edit it.")
         file.write_text(TEMPLATE.read_text())
@@ -109,13 +108,21 @@ def new(file: Annotated[Path, typer.Argument(help="The .toml file to write.")]) 
 def run_study(config: SweepConfig, study: Study, dry_run: bool, **how: str | None) -> None:
     """Run a sweep or, of a study with a space, a search; or print what it would run. `how`: as of `run_sweep`."""
     if study.space:
+        if (
+            len(config.folds) + len(config.train_seeds) > 2
+            or config.variants
+            or how != {"code": "ask", "register": None}
+        ):
+            raise InputError(
+                f"{study.name} has a [space], so it is a search: of one fold and one seed of training, without "
+                "--variants, --again, --keep and --register."
+            )
         names = set(SearchConfig.model_fields) & config.model_fields_set - {"study", "train", "seeds"}
         given = search_of(study) | {name: getattr(config, name) for name in names}
         train = given["train"] | config.train
         steps = {"steps": train.pop("steps")} if "steps" in train else {}
-        run_searching(
-            SearchConfig(**given | steps | {"train": train, "fold": config.folds[0], "seed": config.train_seeds[0]})
-        )
+        own = {"train": train, "fold": config.folds[0], "seed": config.train_seeds[0]}
+        run_searching(SearchConfig(**given | steps | own), dry_run)
         return
     if dry_run:
         from sweeps.forecast import forecast
@@ -167,10 +174,15 @@ def search_of(study: Study) -> dict:
     return own | {"space": study.space, "train": settings, "fold": study.folds[0], "study": study.name} | study.search
 
 
-def run_searching(config: SearchConfig) -> None:
-    """Run a search, print its table and the best as a command."""
-    from sweeps.search.search_run import run_search
+def run_searching(config: SearchConfig, dry_run: bool = False) -> None:
+    """Run a search, print its table and the best as a command; or what it would draw from."""
+    from sweeps.search.search_run import Search, run_search
 
+    if dry_run:
+        search = Search(config)
+        say(f"{search.name}: {config.trials} trials of at most {config.steps} steps on fold {config.fold}, drawn from")
+        say(*(f"  {name}: {space.model_dump(exclude_defaults=True)}" for name, space in config.spaces.items()))
+        return
     result = run_search(config, console, command=shlex.join(["python", *sys.argv]))
     finish_sweep(result, result.tables, result.best_command and f"the best settings:\n{result.best_command}")
 

@@ -159,12 +159,17 @@ def paired_difference(
     Episodes are resampled by the same draws for both, seeds of training with them. None where there are no pairs.
     """
     random, of_folds = np.random.default_rng(0), []
+    once = {v.name for v in result.variants if not v.trained}  # a method without training stands beside every seed
     for fold in result.config.folds:
-        ours, theirs = (result.scores(name, fold, *task) for name in (variant, baseline))
-        theirs = theirs * len(ours) if len(theirs) == 1 else theirs  # a method without training has one
+        ours, theirs = (result.by_seed(name, fold, *task) for name in (variant, baseline))
+        if variant in once:
+            ours = dict.fromkeys(theirs, *ours.values()) if ours else {}
+        elif baseline in once:
+            theirs = dict.fromkeys(ours, *theirs.values()) if theirs else {}
+        both = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
         pairs = [
             (a.miou - b.miou, np.subtract(a.resampled, b.resampled))
-            for a, b in zip(ours, theirs, strict=False)
+            for a, b in both
             if a.resampled and b.resampled and a.episodes_digest == b.episodes_digest
         ]
         if not pairs:
@@ -213,6 +218,8 @@ def _measured(result: SweepResult, variant: str, task: Task, prompt: str) -> str
     of_seeds = list(zip(*by_fold.values(), strict=False))  # the scores of a seed of training on every fold
     if len(of_seeds) > 1:
         cell += f" ± {statistics.stdev(mean_of(of_seed) for of_seed in of_seeds):.1f}"
+    elif len(config.train_seeds) > 1:
+        pass  # of one seed there is no deviation over seeds, which is what the table's ± are
     elif len(scores) > 1:
         cell += f" ± {statistics.stdev(score.miou for score in scores):.1f}"
     elif len(config.folds) == 1 and config.seeds > 1:

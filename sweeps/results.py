@@ -70,11 +70,15 @@ class SweepResult:
     failed: dict[str, str]  # trial -> error, its last line the message
     interrupted: bool  # stopped by Ctrl-C before every trial ended
 
+    def by_seed(self, variant: str, fold: int, ways: int, shots: int, prompt: str) -> dict[int, Score]:
+        """Seed of training -> a variant's score on one task and fold, of those that are finished."""
+        trials = sorted(self.results.values(), key=lambda trial: trial.train_seed)
+        mine = [trial for trial in trials if (trial.variant, trial.fold) == (variant, fold)]
+        return {trial.train_seed: score for trial in mine if (score := trial.score(ways, shots, prompt))}
+
     def scores(self, variant: str, fold: int, ways: int, shots: int, prompt: str) -> list[Score]:
         """A variant's scores on one task and fold, of each seed of training that is finished."""
-        trials = sorted(self.results.values(), key=lambda trial: trial.train_seed)
-        mine = [trial.score(ways, shots, prompt) for trial in trials if (trial.variant, trial.fold) == (variant, fold)]
-        return [score for score in mine if score]
+        return list(self.by_seed(variant, fold, ways, shots, prompt).values())
 
 
 def task_name(ways: int, shots: int, prompt: str) -> str:

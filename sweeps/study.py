@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from la.errors import InputError
+from la.evaluation.baselines import BASELINES
 from pipelines.config import RECIPES, Count, Prompt, Settings, SettingSpace, TrainConfig, closest
 
 Task = tuple[int, int]  # ways, shots
@@ -22,6 +23,7 @@ Paper = Mapping[Task, float | tuple[float, ...]]  # mIoU in percent; a tuple has
 FOLDER = Path(__file__).parent / "studies"
 BUILT_IN = ("ablations", "prompts", "nway", "folds", "generalist")  # files in it
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*")
+NOT_IN_NAME = r"[^A-Za-z0-9_.,=+-]"
 SET_BY_SWEEP = {"workspace", "name", "store", "fold", "fold_lists", "seed", "device", "threads"}
 
 
@@ -101,10 +103,9 @@ class Study(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Study":
-        names = [variant.name for variant in self.variants]
-        for name in names:
-            if not NAME.fullmatch(name):
-                raise ValueError(f"variant {name!r} cannot be the name of a file: letters, digits and _.,=+- are")
+        for name in (self.name, *(table.name for table in self.tables)):
+            if name != Path(name).name:
+                raise ValueError(f"name {name!r} cannot be that of a file: it has a folder in it")
         for where, settings in (
             ("train", self.train),
             ("grid", self.grid),
@@ -116,25 +117,40 @@ class Study(Settings):
                     raise ValueError(
                         f"{where}: {setting!r} is not a setting of training. Nearest: {closest(setting, TrainConfig)}"
                     )
-        if self.baseline and not self.baseline_of(self.all_variants()):
-            names = ", ".join(variant.name for variant in self.all_variants())
-            raise ValueError(f"baseline {self.baseline!r} is not among the variants {names}")
+        variants = self.all_variants()
+        names = [variant.name for variant in variants]
+        for name in names:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"variant {name!r} cannot be the name of a file: letters, digits and _.,=+- are")
+            if names.count(name) > 1:
+                raise ValueError(f"two variants are {name!r}: a value stands twice in the grid")
+        for variant in variants:
+            if variant.trained == (variant.method in BASELINES):
+                raise ValueError(f"{variant.name}: method {variant.method!r} is none of la, {', '.join(BASELINES)}")
+        if self.space and (names or len(self.folds) > 1 or len(self.train_seeds) > 1):
+            raise ValueError("a study with a [space] is a search: of one fold and one seed, without variants and grid")
+        if not self.space and not names:
+            raise ValueError("it has no variants: expected tables [variants.NAME], or a [grid] of values")
+        if self.baseline and not self.baseline_of(variants):
+            raise ValueError(f"baseline {self.baseline!r} is not among the variants {', '.join(names)}")
+        for table in self.tables:
+            if unknown := set(table.variants or ()) - set(names):
+                raise ValueError(f"table {table.name!r}: {', '.join(sorted(unknown))} is not among the variants")
         return self
 
     def all_variants(self) -> tuple[Variant, ...]:
         """The variants crossed with the grid."""
         if not self.grid:
             return self.variants
-        cells = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
         crossed = []
         for variant in self.variants or (Variant(name="base", title=""),):
             if not variant.trained:
                 crossed.append(variant)
-            for cell in cells if variant.trained else ():
-                parts = [f"{name}={_spelled(value)}" for name, value in cell.items()]
-                given = [variant.name] if self.variants else []
+            for cell in self._cells() if variant.trained else ():
+                name = "-".join([variant.name] * bool(self.variants) + [_cell_name(cell)])
+                parts = [f"{setting}={_spelled(value)}" for setting, value in cell.items()]
                 title = ", ".join([variant.title, *parts] if variant.title else parts)
-                changes = {"name": "-".join([*given, *parts]), "title": title, "settings": variant.settings | cell}
+                changes = {"name": name, "title": title, "settings": variant.settings | cell}
                 crossed.append(variant.model_copy(update=changes))
         return tuple(crossed)
 
@@ -145,8 +161,12 @@ class Study(Settings):
 
     def baseline_of(self, variants: tuple[Variant, ...]) -> Variant | None:
         """The variant that the others are compared with, or its first cell of the grid."""
-        cells = (v for v in variants if self.baseline and f"{v.name}-".startswith(f"{self.baseline}-"))
-        return next(cells, None)
+        names = {self.baseline, *(f"{self.baseline}-{cell}" for cell in map(_cell_name, self._cells()))}
+        return next((variant for variant in variants if variant.name in names), None)
+
+    def _cells(self) -> list[dict[str, Any]]:
+        """The combinations of the grid's values."""
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
     def settings_of(self, variant: Variant, given: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of training: the study's, the variant's defaults, what was given, what makes the variant.
@@ -158,10 +178,15 @@ class Study(Settings):
         return self.train | defaults | dict(given) | variant.settings
 
 
+def _cell_name(cell: Mapping[str, Any]) -> str:
+    """Such as "lr=0.0001-loss=iou", of a cell of the grid; in place of what no file's name holds stands a +."""
+    return "-".join(f"{name}={re.sub(NOT_IN_NAME, '+', _spelled(value))}" for name, value in cell.items())
+
+
 def _spelled(value: object) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "+".join(map(_spelled, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).removesuffix(".0")
 
 
 def find_study(name: str) -> Study:
@@ -178,7 +203,7 @@ def find_study(name: str) -> Study:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
         raise InputError(f"{file}: {where}: {first['msg'].removeprefix('Value error, ')}.") from error
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # a study in Python fails in any way
         raise InputError(
             f"{file} is not a study ({type(error).__name__}: {error}). See `sweep new` for one."
         ) from error

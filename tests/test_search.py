@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from fake_search import STEPS, TRIALS, fake_config, fake_train, quality
 from fake_sweep import fake_store
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -174,11 +175,58 @@ def test_more_trials_are_the_same_search_and_what_changes_a_result_is_not(tmp_pa
         ({"space": {"learning_rate": [1, 2]}}, "learning_rate is not a setting"),
         ({"space": {"fold": [1, 2]}}, "fold is not a setting to search"),
         ({"space": {}}, "has no .space."),
+        ({"space": {"preset": ["no_such"]}}, "no_such is unknown"),
+        ({"space": {"loss": {"low": 1, "high": 2}}}, "loss is no number"),
+        ({"space": {"clip": {"low": 1, "high": 2, "relative": "times"}}}, "clip has no value of its own"),
+        ({"space": {"lr": {"low": -1, "high": 1}}}, "greater than 0"),
+        ({"space": {"loss": ["focal", "no_such"]}}, "should be 'focal' or 'iou'"),
     ],
 )
 def test_a_wrong_space_is_told(tmp_path, changes, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises((InputError, ValidationError), match=message):
         Search(fake_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("batches", [[[1, 1, 1]], [[2, 1, 1], [1, 2, 1]]]),
+        ("betas", [[0.9, 0.99], [0.8, 0.9]]),
+        ("prompts", [["mask"], ["mask", "box"]]),
+        ("flips", [True, False]),
+        ("clip", [None, 1.0]),
+        ("dim", {"low": 16, "high": 64}),
+        ("clip", {"low": 0.1, "high": 2.0}),
+    ],
+)
+def test_any_setting_is_searched(tmp_path, name, values):
+    search = Search(fake_config(tmp_path, space={name: values}, sampler="random"))
+    drawn = [getattr(search.job(search.propose()).train, name) for _ in range(4)]
+    if isinstance(values, dict):
+        assert all(values["low"] <= value <= values["high"] for value in drawn if value)
+    else:
+        assert set(drawn) <= set(
+            TypeAdapter(TrainConfig.model_fields[name].annotation).validate_python(v) for v in values
+        )
+
+
+def test_a_search_prints_its_settings_for_its_own_use_and_a_dry_run_trains_nothing(tmp_path, monkeypatch):
+    fake_store(tmp_path)
+    words = ["sweep", "search", "--workspace", str(tmp_path), "--set", "gamma=1.5", "--print-config"]
+    printed = CliRunner().invoke(cli.app, words)
+    assert printed.exit_code == 0, printed.output
+    (tmp_path / "printed.toml").write_text(printed.output)
+    again = CliRunner().invoke(
+        cli.app, ["sweep", "search", "--config", str(tmp_path / "printed.toml"), "--print-config"]
+    )
+    assert again.output == printed.output
+    (tmp_path / "mine.toml").write_text("[space]\ngamma = [1.0, 2.0]")
+    words = ["sweep", "run", str(tmp_path / "mine.toml"), "--workspace", str(tmp_path)]
+    dry = CliRunner().invoke(cli.app, [*words, "--dry-run"])
+    assert dry.exit_code == 0, dry.output
+    assert "30 trials of at most 2000 steps" in dry.output
+    assert not list((tmp_path / "runs" / "searches").glob("*/trial-*"))
+    assert CliRunner().invoke(cli.app, [*words, "--folds", "0,1"]).exit_code == 2
 
 
 @pytest.mark.parametrize("wrong", [{}, {"low": 1}, {"low": 2, "high": 1}, {"low": 0, "high": 1, "log": True}, []])

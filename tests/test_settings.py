@@ -71,6 +71,18 @@ def test_a_given_option_wins_over_an_assignment_and_that_over_the_file_and_that_
     assert (config.lr, config.warmup_steps, config.steps, config.class_weights) == (1e-3, 8, 5, "inverse")
 
 
+def test_a_sweep_and_an_evaluation_take_what_they_print(tmp_path):
+    file = tmp_path / "printed.toml"
+    for verb, given in (
+        (["evaluate"], ["--set", "ways=2"]),
+        (["sweep", "prompts"], ["--set", "gamma=1.5", "--lr", "0.1"]),
+    ):
+        printed = run(cli.app, *verb, *given, "--print-config").output
+        file.write_text(printed)
+        assert run(cli.app, *verb, "--config", file, "--print-config").output == printed
+    assert "gamma" in printed
+
+
 def test_every_setting_of_training_is_an_option_and_reachable_from_a_sweep():
     help_text = run(cli.app, "train", "--help").output
     for name in settings.fields_of(TrainConfig):

@@ -231,8 +231,32 @@ def test_a_study_of_ones_own_has_means_over_seeds_and_paired_differences(tmp_pat
     assert differences.rows[1][1] == "+1.0 [+1.0, +1.0]"
     three = outcome(config, plan, {n: r for n, r in results.items() if n != plan.jobs[0].name}, {})
     assert tables_of(three)[0].rows[0][1].endswith("(seeds missing)")
-    mean, low, high = paired_difference(three, "lr=0.2-loss=iou", "lr=0.1-loss=focal", (1, 1, "mask"))
-    assert low <= mean <= high
+    paired = paired_difference(three, "lr=0.2-loss=iou", "lr=0.1-loss=focal", (1, 1, "mask"))
+    assert paired == pytest.approx((1, 1, 1)), "the seed that both have"
+
+
+def test_a_method_without_training_is_compared_with_every_seed(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'train_seeds = [0, 1]\nbaseline = "a"\n[variants.a-b]\n[variants.a]\n[variants.p]\nmethod = "prototype"\n'
+    )
+    study = find_study(str(file))
+    config = fake_config(tmp_path, study=str(file), variants=None, **study.evaluation())
+    plan = plan_sweep(config)
+    assert study.baseline_of(plan.variants).name == "a"
+
+    def evaluate(config, on_progress):
+        """Of the second seed two points better."""
+        gain = 2.0 * ("seed1" in str(config.checkpoint))
+        plain = fake_evaluate(config, on_progress)
+        shifted = {"miou": plain.miou + gain, "resampled": tuple(each + gain for each in plain.resampled)}
+        return SimpleNamespace(**vars(plain) | shifted)
+
+    results = {j.name: run_trial(j, ignore, fake_train, evaluate) for j in plan.jobs}
+    result = outcome(config, plan, results, {})
+    assert paired_difference(result, "p", "a", (1, 1, "mask"))[0] == pytest.approx(-1)
+    assert paired_difference(result, "a", "p", (1, 1, "mask"))[0] == pytest.approx(1)
+    assert "±" not in tables_of(result)[0].rows[2][1], "it has no deviation over seeds of training"
 
 
 @pytest.mark.parametrize(
@@ -241,6 +265,13 @@ def test_a_study_of_ones_own_has_means_over_seeds_and_paired_differences(tmp_pat
         ("loss = [", "is not a study"),
         ("learning_rate = [1]", "'learning_rate' is not a setting of training. Nearest: "),
         ("fold = [1]", "'fold' is not a setting of training"),
+        ("gamma = [1, 1.0]", "a value stands twice in the grid"),
+        ("gamma = []", "it has no variants"),
+        ('[variants."a/b"]', "cannot be the name of a file"),
+        ('[variants.a]\nmethod = "no_such"', "'no_such' is none of la, prototype"),
+        ("[space]\ngamma = [1, 2]", "is a search: of one fold"),
+        ('[[tables]]\nname = "../a"', "it has a folder in it"),
+        ('[[tables]]\nname = "a"\nvariants = ["x"]', "x is not among the variants"),
     ],
 )
 def test_what_is_wrong_in_a_study_is_told(tmp_path, change, message):
@@ -250,7 +281,16 @@ def test_what_is_wrong_in_a_study_is_told(tmp_path, change, message):
         find_study(str(file))
 
 
+def test_every_value_of_a_grid_has_a_name_of_its_own():
+    study = Study(name="mine", grid={"lr": [0.12345678, 0.12345679], "init": ["/a/best.pt", "demo"]})
+    assert [v.name for v in study.all_variants()][:2] == ["lr=0.12345678-init=+a+best.pt", "lr=0.12345678-init=demo"]
+    assert study.all_variants()[0].settings["init"] == "/a/best.pt"
+
+
 def test_a_study_in_python_is_that_of_the_file(tmp_path):
+    (tmp_path / "broken.py").write_text("def study():\n    return variants")
+    with pytest.raises(InputError, match="NameError: name 'variants' is not defined"):
+        find_study(str(tmp_path / "broken.py"))
     (tmp_path / "mine.toml").write_text(STUDY)
     (tmp_path / "mine.py").write_text(f"import tomllib\ndef study():\n    return tomllib.loads({STUDY!r})\n")
     assert find_study(str(tmp_path / "mine.py")) == find_study(str(tmp_path / "mine.toml"))

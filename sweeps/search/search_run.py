@@ -81,8 +81,8 @@ class SearchResult:
 
 def short(value: object) -> str:
     """A value in a column of a terminal: two digits, and first letters of a list's words."""
-    if isinstance(value, tuple):
-        return "+".join(str(entry)[0] for entry in value)
+    if isinstance(value, tuple) and all(isinstance(entry, str) for entry in value):
+        return "+".join(entry[0] for entry in value)
     return f"{value:.2g}" if isinstance(value, float) else as_text(value)
 
 

@@ -21,7 +21,7 @@ from pipelines.store.reader import FeatureStore
 from pipelines.workspace import Workspace, digest, write_text
 from sweeps.plan import NOT_IN_DIGEST
 from sweeps.results import FoldResult
-from sweeps.search.space import draw_settings, first_rung, own_points, train_config
+from sweeps.search.space import check_spaces, draw_settings, first_rung, own_points, train_config
 from sweeps.study import SET_BY_SWEEP, Variant
 from sweeps.trial import Report, TrialSpec, finished, run_trial
 
@@ -62,6 +62,7 @@ class Search:
                 )
         if not self.config.spaces:
             raise InputError(f"study {self.config.study} has no [space] of settings to search.")
+        check_spaces(self.config)
         self._own = own_points(self.config.spaces, self.config.train)
         for point in self._own:
             train_config(self.config, point)
