@@ -218,6 +218,11 @@ class ModelSettings(LabelAnythingSettings, HybridSettings):
     spatial_convs: bool = setting(True, "The decoder's spatial convolutions, section 4.4.")
 
 
+def whole_path(source: str) -> str:
+    """`source` from the root on, as workers have other working folders; "demo" stays."""
+    return source if source == "demo" else str(Path(source).absolute())
+
+
 class OptimisationSettings(Settings):
     """How weights are found (paper section 5.2); a recipe sets what is not given."""
 
@@ -227,7 +232,9 @@ class OptimisationSettings(Settings):
         "Settings that belong together, of which given ones win: for a few hundred photos, the paper's, the released "
         "model's, the hybrid's; not given: the hybrid preset's own, else small.",
     )
-    init: str | None = setting(None, "A run's folder or a checkpoint file whose weights training starts from.")
+    init: Annotated[str, AfterValidator(whole_path)] | None = setting(
+        None, "A run's folder or a checkpoint file whose weights training starts from."
+    )
     steps: int = setting(2000, "Optimisation steps.", ge=1)
     minutes: float | None = setting(None, "Stop at the first checkpoint after this long.", gt=0)
     lr: float = setting(3e-4, "Learning rate after warm-up.", gt=0)
@@ -259,7 +266,7 @@ class TrainConfig(ModelSettings, OptimisationSettings, DeviceSettings, StoreSett
     classes: Literal["seen", "all"] = setting(
         "seen", "all: train on the fold's test classes too, a generalist as in table 4.", flag="fold-classes"
     )
-    also: tuple[Path, ...] = setting(
+    also: tuple[Annotated[Path, AfterValidator(Path.absolute)], ...] = setting(
         (),
         "Workspace of another folder, featurized alike, to train on too, on all classes it labels but the unseen ones; "
         "may be given repeatedly.",

@@ -71,6 +71,13 @@ def test_a_given_option_wins_over_an_assignment_and_that_over_the_file_and_that_
     assert (config.lr, config.warmup_steps, config.steps, config.class_weights) == (1e-3, 8, 5, "inverse")
 
 
+def test_paths_are_whole_as_workers_have_other_working_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(init="best.pt", also=("other",))
+    assert (config.init, config.also) == (f"{tmp_path}/best.pt", (tmp_path / "other",))
+    assert TrainConfig(init="demo").init == "demo"
+
+
 def test_a_sweep_and_an_evaluation_take_what_they_print(tmp_path):
     file = tmp_path / "printed.toml"
     for verb, given in (

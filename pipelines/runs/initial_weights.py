@@ -1,7 +1,6 @@
 """The weights that fine-tuning starts from: those of another run, of a checkpoint, or of an imported official one."""
 
 from dataclasses import asdict
-from pathlib import Path
 
 from torch import Tensor
 
@@ -12,11 +11,6 @@ from pipelines.config import TrainConfig
 from pipelines.store.feature_shards import StoreSettings
 
 SHAPE_NEUTRAL = {"absent_pairs", "drop_maps", "mask_px"}  # any weights go with any value of these
-
-
-def whole_path(source: str) -> str:
-    """`source` from the root on, as workers have other working folders; "demo" stays."""
-    return source if source == "demo" else str(Path(source).absolute())
 
 
 def initial_weights(
@@ -51,6 +45,7 @@ def initial_weights(
     if config.classes == "seen" and trained["fold"] is not None and other:
         raise InputError(
             f"--init {config.init} was trained with {other[0]} {trained[other[0]]}, so it has seen classes that "
-            f"{other[0]} {getattr(config, other[0])} leaves unseen. Take one of the same fold, or pass --classes all."
+            f"{other[0]} {getattr(config, other[0])} leaves unseen. Take one of the same fold, or pass "
+            "--fold-classes all."
         )
     return checkpoint.model.state_dict()

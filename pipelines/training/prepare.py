@@ -19,7 +19,7 @@ from pipelines.episodes.episode_shards import (
     training_plan_of_another,
 )
 from pipelines.runs.identity import run_dir_of
-from pipelines.runs.initial_weights import initial_weights, whole_path
+from pipelines.runs.initial_weights import initial_weights
 from pipelines.store.reader import FeatureStore
 from pipelines.workspace import Workspace, digest
 
@@ -87,7 +87,7 @@ def prepare(config: TrainConfig) -> Prepared:
     than the training, and an `init` that is not there or is another model.
     """
     store = FeatureStore(Workspace(config.workspace).find_store(config.store))
-    config = config.model_copy(update={"store": store.key, "init": config.init and whole_path(config.init)})
+    config = config.model_copy(update={"store": store.key})
     if config.schedule != "constant" and config.steps > (config.schedule_steps or config.steps):
         raise InputError(
             f"--schedule-steps {config.schedule_steps} is less than --steps {config.steps}: the last steps would train "
