@@ -9,6 +9,7 @@ from commands.options import AddressOption, console, progress_bar, say, verb
 from pipelines.config import EpisodesConfig, FeaturizeConfig, StoredDtype, StoreSettings, VerifyConfig
 
 app = typer.Typer()
+SHOWN = 12  # classes that were skipped
 UriArgument = Annotated[str, typer.Argument(help="Folder of stores: s3://bucket/folder, gs://..., file:///...")]
 
 
@@ -108,5 +109,5 @@ def episodes(config: EpisodesConfig) -> None:
         table.add_row(*map(str, row))
     console.print(table)
     if skipped:
-        say(f"{len(skipped)} classes skipped for want of images that show at least 32x32 px of them:")
-        say(*(f"  {where}: {reason}" for where, reason in skipped.items()))
+        say(f"{len(skipped)} classes skipped for want of images that show at least 32x32 px of them, such as")
+        say(*(f"  {where}: {reason}" for where, reason in list(skipped.items())[:SHOWN]))

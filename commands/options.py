@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,7 +91,10 @@ def verb(
 
     def register(body: Callable) -> Callable:
         own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
-        options = [option(settings, field, known.get(field)) for field in fields_of(settings) if field not in without]
+        hidden = callable(defaults)  # they are said elsewhere, in a file
+        options = [
+            option(settings, field, known.get(field), hidden) for field in fields_of(settings) if field not in without
+        ]
         options += [option(TrainConfig, field) for field in training]
         if from_file:
             options += [_parameter(field, *how) for field, how in FILE_OPTIONS.items()]
@@ -115,13 +119,13 @@ def verb(
     return register
 
 
-def option(settings: type[Settings], name: str, default: Any = None) -> inspect.Parameter:
+def option(settings: type[Settings], name: str, default: Any = None, hidden: bool = False) -> inspect.Parameter:
     """The option of a field; None where it is not given, so that a file, a recipe or a protocol may decide."""
     field, plain = settings.model_fields[name], plain_type(settings.model_fields[name].annotation)
     default = field.default if default is None else default
     about, flag = field.description, flag_of(settings, name)
     recipes = [f"{recipe} {as_text(own[name])}" for recipe, own in RECIPES.items() if name in own]
-    if default not in (None, (), PydanticUndefined):
+    if default not in (None, (), PydanticUndefined) and not hidden:
         about += f" (default: {as_text(default)}{'; recipe ' if recipes and settings is TrainConfig else ''}"
         about += f"{', '.join(recipes) if settings is TrainConfig else ''})"
     how: dict[str, Any] = {"envvar": (field.json_schema_extra or {}).get("envvar")}
@@ -176,6 +180,10 @@ def mistakes(goes_on: bool = False) -> Iterator[None]:
 
     `goes_on`: whether the same command goes on where it was, which Ctrl-C is answered with.
     """
+    # warnings are notes to the user, without the line of code they come from
+    warnings.showwarning = lambda message, *_, **__: Console(stderr=True).print(
+        "note:", message, style="yellow", markup=False
+    )
     try:
         yield
     except (InputError, ValidationError) as error:

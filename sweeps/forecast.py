@@ -34,10 +34,10 @@ def forecast(config: SweepConfig, study: Study, console: Console) -> tuple[Table
     plan = plan_sweep(config, study)
     with console.status("measuring on this machine"), tempfile.TemporaryDirectory(prefix="la-forecast-") as folder:
         seconds = trial_seconds(plan, workspace_beside(plan.store.path, Path(folder)))
-    table = Table("trial", "settings", "minutes", title=f"{plan.name}: {len(plan.jobs)} trials")
+    table = Table("trial", "minutes", title=f"{plan.name}: {len(plan.jobs)} trials")
     for job in plan.jobs:
         minutes = f"{seconds[job.name] / 60:.1f}" if job.name in seconds else "finished"
-        table.add_row(job.name, ", ".join(f"{k}={v}" for k, v in job.variant.settings.items()), minutes)
+        table.add_row(job.name, minutes)
     at_once = trials_at_once(config, max((job.train.workers for job in plan.jobs if job.train), default=0))
     hours = (makespan(list(seconds.values()), at_once) + START_SECONDS * bool(seconds)) / 3600
     tasks = ", ".join(dict.fromkeys(f"{c.ways}-way {c.shots}-shot {c.prompt}" for c in plan.jobs[0].evaluations))

@@ -1,5 +1,6 @@
 """A sweep in MLflow: one run for the sweep, one for each variant, one for each fold of it; all of them get closed."""
 
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Protocol
@@ -28,6 +29,7 @@ from sweeps.trial import TrialSpec
 
 # params of a sweep's own run; the last two are a search's
 SWEEP_PARAMS = ["folds", "train_seeds", "protocol", "seeds", "episodes", "recipe", "lr", "steps", "fold", "trials"]
+NOT_IN_METRIC = r"[^\w. :-]"
 DESCRIPTION_LENGTH = 8000  # characters MLflow takes
 
 
@@ -107,7 +109,9 @@ class SweepRuns:
         self._sweep.metrics({key: max(m[key] for m in summaries.values() if key in m) for key in keys})
         if self._variants:
             section = headline.replace("miou", "variants", 1)
-            self._sweep.metrics({f"{section}/{name}": m[headline] for name, m in summaries.items() if headline in m})
+            values = {name: m[headline] for name, m in summaries.items() if headline in m}
+            # MLflow takes no = and + in names
+            self._sweep.metrics({f"{section}/{re.sub(NOT_IN_METRIC, ':', name)}": v for name, v in values.items()})
         for table in tables:
             self._sweep.text(table.csv(), f"{table.name}.csv")
             self._sweep.text(table.text(), f"{table.name}.txt")

@@ -165,8 +165,9 @@ class Study(Settings):
         return next((variant for variant in variants if variant.name in names), None)
 
     def _cells(self) -> list[dict[str, Any]]:
-        """The combinations of the grid's values."""
-        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        """The combinations of the grid's values, each as its setting has it: "on" and true are one."""
+        columns = [[getattr(TrainConfig(**{name: v}), name) for v in values] for name, values in self.grid.items()]
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*columns)]
 
     def settings_of(self, variant: Variant, given: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of training: the study's, the variant's defaults, what was given, what makes the variant.
@@ -186,7 +187,7 @@ def _cell_name(cell: Mapping[str, Any]) -> str:
 def _spelled(value: object) -> str:
     if isinstance(value, list | tuple):
         return "+".join(map(_spelled, value))
-    return str(value).removesuffix(".0")
+    return ("on" if value else "off") if isinstance(value, bool) else str(value).removesuffix(".0")
 
 
 def find_study(name: str) -> Study:

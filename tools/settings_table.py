@@ -1,6 +1,7 @@
 """docs/settings.md from the typed settings: `python -m tools.settings_table` writes it anew."""
 
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import annotated_types
 from pydantic_core import PydanticUndefined
@@ -16,6 +17,7 @@ from pipelines.config import (
     TrainConfig,
     fields_of,
     panel_of,
+    plain_type,
 )
 from pipelines.experiment_file import as_text, flag_of
 
@@ -38,7 +40,7 @@ SECTIONS = {
 
 def table(settings: type[Settings]) -> str:
     """Markdown rows: name, default, range, what it does."""
-    lines = ["| name | default | range | |", "|---|---|---|---|"]
+    lines = ["| name | default | values | |", "|---|---|---|---|"]
     for panel in dict.fromkeys(panel_of(settings, name) for name in fields_of(settings)):
         lines.append(f"| **{panel}** | | | |")
         for name in (each for each in fields_of(settings) if panel_of(settings, each) == panel):
@@ -52,6 +54,8 @@ def table(settings: type[Settings]) -> str:
                 for kind, key, sign in SIGNS
                 if isinstance(b, kind)
             ]
+            if get_origin(plain := plain_type(field.annotation)) is Literal:
+                bounds = [f"`{value}`" for value in get_args(plain)]
             own_flag = "" if flag_of(settings, name)[2:].replace("-", "_") == name else f" ({flag_of(settings, name)})"
             lines.append(f"| `{name}`{own_flag} | {default} | {', '.join(bounds)} | {field.description} |")
     return "\n".join(lines)

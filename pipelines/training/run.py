@@ -60,6 +60,13 @@ def train(config: TrainConfig, on_report: Report | None = None, code: OtherCode 
 
 def _train(prepared: Prepared, last: LastCheckpoint, code: Code, on_report: Report) -> None:
     prepared.draw_episodes()
+    config = prepared.config
+    if config.warmup_steps >= (config.schedule_steps or config.steps):
+        warnings.warn(
+            f"warmup_steps is {config.warmup_steps}, and training has {config.steps} steps: the learning rate does not "
+            "reach lr. Lower warmup_steps, or train longer.",
+            stacklevel=2,
+        )
     if last.content is None:
         _point_to_shorter(prepared)
     write_identity(prepared.run_dir, prepared.config, code)
