@@ -28,7 +28,7 @@ from pipelines.runs.official_files import import_official
 from pipelines.store.reader import FeatureStore
 from pipelines.training.run import OtherSchedule, train
 from pipelines.workspace import Workspace
-from tests.test_checkpoints import EARLIER, parts_that_count, same
+from tests.test_checkpoints import parts_that_count, same, take_earlier_run
 from tests.test_training import featurized_scenes, settings
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,7 @@ def test_a_run_under_an_earlier_versions_name_is_found_evaluated_and_goes_on(wor
     own = {"preset": "debug", "dim": 16, "depth": 2, "token_pool": False, "val_every": 4, "steps": 8}
     config = settings(workspace, seed=3, **own)
     run_dir = workspace / "runs" / OLD_NAME
-    shutil.copytree(EARLIER, run_dir)
+    take_earlier_run(run_dir)
     assert run_dir_of(config) == run_dir
     assert run_dir_of(config.model_copy(update={"lr": 0.5})) != run_dir
     key, another = Workspace(workspace).find_store().name, workspace / "features" / "another"

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pickle
 import subprocess
 import sys
 import time
@@ -302,19 +301,23 @@ class EpisodeStream(EpisodeShards):
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             self._drawer = subprocess.Popen([sys.executable, "-c", program], bufsize=0, **settings, **quiet)
             weakref.finalize(self, self._drawer.stdin.close)
-            self._drawer.stdin.write(pickle.dumps((self._plan, self._store.path, self.folder)))
+            self._write_line([self._plan.__dict__, str(self._store.path), str(self.folder)])
+        self._write_line(part)
+
+    def _write_line(self, content: object) -> None:
         with suppress(BrokenPipeError):
-            self._drawer.stdin.write(pickle.dumps(part))
+            self._drawer.stdin.write(f"{json.dumps(content)}\n".encode())
 
 
 def draw_on_request() -> None:
-    """What a drawing process does: write the parts that it reads from its input, until that ends."""
+    """What a drawing process does: write the parts that it reads from its input, a line each, until that ends."""
     os.nice(5)
-    with suppress(EOFError):
-        plan, store, folder = pickle.load(sys.stdin.buffer)
-        store = FeatureStore(store)
-        while True:
-            _write_part(plan, store, folder, pickle.load(sys.stdin.buffer))
+    settings, path, folder = json.loads(sys.stdin.readline())
+    lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
+    plan = EpisodePlan(**settings | lists | {"batches": tuple(map(tuple, settings["batches"]))})
+    store = FeatureStore(Path(path))
+    for line in sys.stdin:
+        _write_part(plan, store, Path(folder), Part(*json.loads(line)))
 
 
 def _work(pair: dict) -> int:
