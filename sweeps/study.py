@@ -124,9 +124,6 @@ class Study(Settings):
                 raise ValueError(f"variant {name!r} cannot be the name of a file: letters, digits and _.,=+- are")
             if names.count(name) > 1:
                 raise ValueError(f"two variants are {name!r}: a value stands twice in the grid")
-        for variant in variants:
-            if variant.trained == (variant.method in BASELINES):
-                raise ValueError(f"{variant.name}: method {variant.method!r} is none of la, {', '.join(BASELINES)}")
         if self.space and (names or len(self.folds) > 1 or len(self.train_seeds) > 1):
             raise ValueError("a study with a [space] is a search: of one fold and one seed, without variants and grid")
         if not self.space and not names:
@@ -199,6 +196,9 @@ def find_study(name: str) -> Study:
     try:
         content = runpy.run_path(str(file))["study"]() if file.suffix == ".py" else tomllib.loads(file.read_text())
         variants = tuple(Variant.read(key, table) for key, table in content.pop("variants", {}).items())
+        for variant in variants:  # of a file alone: a sweep with one that failed by it is to be read for reports
+            if variant.trained == (variant.method in BASELINES):
+                raise ValueError(f"variant {variant.name}: {variant.method!r} is none of la, {', '.join(BASELINES)}")
         return Study(**{"name": file.stem} | content, variants=variants)
     except ValidationError as error:
         first = error.errors()[0]
