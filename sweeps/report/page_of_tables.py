@@ -2,13 +2,13 @@
 
 import base64
 import json
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
-from la.errors import InputError
 from pipelines.config import SweepConfig
 from pipelines.store.reader import FeatureStore
 from pipelines.tracking.job_runs import read_curve
@@ -43,7 +43,7 @@ class Section:
 def write_report(root: Path, out: Path) -> Path:
     """Write the report of a workspace to `out`; nothing is run again and nothing fetched.
 
-    Raises InputError for a workspace without features and for sweep files that cannot be read.
+    A sweep whose files cannot be read is left out, with a warning. Raises InputError for a workspace without features.
     """
     workspace = Workspace(root)
     stores = sorted(path.parent for path in workspace.features.glob("*/store.json"))
@@ -77,7 +77,8 @@ def _sweeps(workspace: Workspace) -> dict[str, list[tuple[SweepResult, str | Non
             config = SweepConfig.model_validate(content["config"])
             study = Study.model_validate(content["study"]) if "study" in content else find_study(config.study)
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file} is not the settings of a sweep ({error}). Delete its folder.") from error
+            logging.getLogger(__name__).warning("%s is left out: not the settings of a sweep (%.200s)", file, error)
+            continue
         if not (workspace.features / str(config.store) / "store.json").exists():
             continue
         plan = plan_sweep(config.model_copy(update={"workspace": workspace.root}), study)

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from la.errors import InputError
 from pipelines.config import SearchConfig, TrainConfig, closest
+from pipelines.runs.code import code_now
 from pipelines.runs.identity import run_dir_of
 from pipelines.store.reader import FeatureStore
 from pipelines.workspace import Workspace, digest, write_text
@@ -69,9 +70,9 @@ class Search:
 
     @cached_property
     def name(self) -> str:
-        """Digests all that changes a result, but not the number of trials: with more of them, the search goes on."""
+        """Digests all that changes a result, and the code; with more trials or hours, the search goes on."""
         settings = self.config.model_dump(mode="json", exclude=NOT_IN_DIGEST | {"study", "trials", "hours"})
-        return f"{Path(self.config.study).stem}-{digest(settings, 8)}"
+        return f"{Path(self.config.study).stem}-{digest([settings, code_now().digest], 8)}"
 
     @cached_property
     def study(self) -> optuna.Study:
@@ -185,7 +186,7 @@ def run_searched(search: Search, trial: FrozenTrial, report: Report, train: Call
             raise StoppedEarly(step)
 
     try:
-        result = run_trial(job, judged, train)
+        result = run_trial(job, judged, train, code="again")  # runs of other code are of another search
     except StoppedEarly as stopped:
         result = FoldResult(
             variant=job.variant.name,
