@@ -22,6 +22,7 @@ episodes: drawn on one core, per second
 model: annotated pairs packed against the dense grid; the memory of 1 and of 20 shots
 evaluate: against one episode at a time
 training: Ray Train with one worker against the bare loop, and two against one
+operators: of a training step, against what they were
 sweep: what a trial costs beyond its own work
 predict: the heads against the backbone, for one query
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from la.errors import InputError
-from pipelines.bench import int8_reading, model_speed, query_latency, ratios, training_speed
+from pipelines.bench import int8_reading, model_speed, query_latency, ratios, step_operators, training_speed
 from pipelines.config import BenchConfig, TrainConfig
 from pipelines.store.reader import FeatureStore
 from pipelines.workspace import Workspace
@@ -20,6 +20,8 @@ def measurements(config: BenchConfig) -> dict[str, Callable]:
     def given(**names: str) -> dict:
         """Arguments for those of the settings that were given."""
         return {key: value for key, name in names.items() if (value := getattr(config, name)) is not None}
+
+    presets = {"names": (config.preset,)} if config.preset else {}
 
     def featurize():
         if not config.coco_dir:
@@ -42,7 +44,6 @@ def measurements(config: BenchConfig) -> dict[str, Callable]:
         return training_speed.bench_training(config.workspace, batches=batches, store=config.store, **sizes)
 
     def predict():
-        presets = {"names": (config.preset,)} if config.preset else {}
         names = {name: name for name in ("backbone", "image_size", "ways", "shots", "repeats")}
         return query_latency.bench_predict(**presets, **given(**names))
 
@@ -55,6 +56,7 @@ def measurements(config: BenchConfig) -> dict[str, Callable]:
             ratios.bench_evaluate(store(), **given(name="preset", episodes="episodes", repeats="repeats"))
         ],
         "training": training,
+        "operators": lambda: step_operators.bench_operators(**presets),
         "sweep": lambda: [bench_sweep(store(), **given(trials="trials"))],
         "predict": predict,
     }

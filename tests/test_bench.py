@@ -8,7 +8,8 @@ from pipelines.bench.int8_reading import bench_int8, int8_beside
 from pipelines.bench.model_speed import bench_model
 from pipelines.bench.random_store import made_up_dataset, made_up_features
 from pipelines.bench.ratios import BenchResult, bench_evaluate, bench_featurize, bench_store
-from pipelines.config import FeaturizeConfig
+from pipelines.bench.step_operators import step_operators
+from pipelines.config import FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.store.convert import convert
 from pipelines.store.featurize import featurize
@@ -64,3 +65,7 @@ def test_the_model_is_measured_packed_and_dense(tmp_path, tiny_weights):
     assert evaluated.details["episodes"] == 12
     assert 1 <= evaluated.details["distinct"] <= 12
     assert evaluated.ratio > 0
+    sizes = TrainConfig(workspace=tmp_path, preset="debug", batches=((2, 1, 1), (1, 2, 1)))
+    dispatched, computing = step_operators(sizes)
+    assert 300 < computing < dispatched < 2800
+    assert step_operators(sizes) == (dispatched, computing)
