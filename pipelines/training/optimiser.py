@@ -15,7 +15,7 @@ def optimiser_of(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         matrices = {id(layer.weight) for layer in model.modules() if isinstance(layer, MATRICES)}
         parts = [[p for p in model.parameters() if (id(p) in matrices) == inside] for inside in (True, False)]
         groups = [{"params": parts[0]}, {"params": parts[1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, config.lr, config.betas, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:
