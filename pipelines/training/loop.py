@@ -17,7 +17,7 @@ from pipelines.evaluation.evaluate import score
 from pipelines.evaluation.shared_work import predictor
 from pipelines.runs.checkpoints import BEST, save, save_last
 from pipelines.training.divergence import check_finite
-from pipelines.training.optimiser import clip_gradients
+from pipelines.training.optimiser import clip_gradients, update_average
 from pipelines.training.prepare import Prepared
 from pipelines.training.resume import LastCheckpoint, begin
 from pipelines.training.state import TrainState, checkpoint
@@ -132,7 +132,7 @@ def train_step(
     norm = clip_gradients(model, config.clip)
     state.optimiser.step()
     state.schedule.step()
-    state.average.update_parameters(state.model)
+    update_average(state.average, state.model, config.ema)
     return torch.stack(losses).mean(), norm, episodes
 
 

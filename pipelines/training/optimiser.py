@@ -1,7 +1,8 @@
-"""AdamW of a training run: which parameters decay, and how long a step of it may be."""
+"""AdamW of a training run: which parameters decay, how long a step of it may be, and the average of its weights."""
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from pipelines.config import TrainConfig
 
@@ -25,3 +26,12 @@ def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:
     if clip is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     return norm
+
+
+@torch.no_grad()
+def update_average(average: AveragedModel, model: nn.Module, decay: float) -> None:
+    """Exponential moving average of the weights, which begins as those of the first step; all tensors at once."""
+    weight = 1 - decay if average.n_averaged else 1.0
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+    torch._foreach_copy_(list(average.module.buffers()), list(model.buffers()))
+    average.n_averaged += 1

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from la.errors import InputError
 from la.model.hybrid import Hybrid
@@ -210,8 +210,7 @@ def begin(prepared: Prepared, last: LastCheckpoint, device: torch.device) -> Tra
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: factor(config.schedule, step, config.warmup_steps, length)
     )
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    state = TrainState(model, average, optimiser, schedule)
+    state = TrainState(model, AveragedModel(model), optimiser, schedule)
     if saved:
         state.load_state_dict(saved)
     return state
