@@ -22,9 +22,9 @@ def optimiser_of(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:
     """The norm of all gradients together, which are scaled down to the norm `clip` where theirs is larger."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = torch.stack(torch._foreach_norm([p.grad for p in parameters])).norm()
     if clip is not None:
-        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm, foreach=True)
     return norm
 
 
