@@ -23,6 +23,7 @@ PAIRS_AT_ONCE = 8  # whose tokens are summed together
 MOST_TOKENS = 10_000  # of an episode's supports for affinity: 11 photos of 30 x 30, each token by itself
 AFFINITIES_AT_ONCE = 2**21  # entries in memory together, 8 MB: what is worked on in place should not leave the cache
 TEMPERATURES = (0.1, 0.05)  # of affinities; where one is half of that before it, a square takes an exponential's place
+GPU_ROOM = 64  # times as many on a GPU, where few large operators are what is fast
 SMOOTHING = 0.07  # temperature at which a query token takes after the tokens that resemble it
 
 
@@ -199,16 +200,18 @@ class _Sums:
     def attend(self, query: Tensor, supports: Annotated) -> None:
         """Unit query tokens (B, n, D) in the space of affinity."""
         sharp = query.transpose(1, 2) / TEMPERATURES[0]
-        at_once = max(1, AFFINITIES_AT_ONCE // (query.shape[1] * supports.keys.shape[1]))
+        room = AFFINITIES_AT_ONCE if query.device.type == "cpu" else GPU_ROOM * AFFINITIES_AT_ONCE
+        at_once = max(1, room // (query.shape[1] * supports.keys.shape[1]))
         parts = (supports.episode(self.slots), supports.values(self.slots), supports.keys)
+        # cosines are 1 at most, so the largest exponent is known and no second pass over the shots is needed
+        largest, read = sharp.new_tensor([[[-1 / TEMPERATURES[0]]]]), []
         for episode, values, keys in zip(*(part.split(at_once) for part in parts), strict=True):
-            asking = sharp if len(sharp) == 1 else sharp[episode]
-            # cosines are 1 at most, so the largest exponent is known and no second pass over the shots is needed
-            attention = (keys @ asking).sub_(1 / TEMPERATURES[0]).exp_()
-            for number, temperature in enumerate(TEMPERATURES):
-                if number:
-                    attention.pow_(TEMPERATURES[number - 1] / temperature)
-                self.read[number].index_add_(0, episode, values @ attention)
+            asking = sharp.expand(len(keys), -1, -1) if len(sharp) == 1 else sharp[episode]
+            attention = torch.baddbmm(largest, keys, asking).exp_()
+            read.append([values @ attention])
+            for sharper, temperature in itertools.pairwise(TEMPERATURES):
+                read[-1].append(values @ attention.pow_(sharper / temperature))
+        self.read.index_add_(1, parts[0], torch.stack([torch.cat(some) for some in zip(*read, strict=True)]))
 
     def cosines(self, query: Tensor, prototypes: Tensor) -> list[Tensor]:
         """Unit query tokens (B, n, D) and prototypes (2, B * C, D) -> of the class and the rest, (B * C, n) each."""
