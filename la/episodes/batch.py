@@ -40,6 +40,8 @@ class Pairs(_Movable):
 
     slots: Tensor  # (B, C) bool: background and the classes that this episode has
     slot: Tensor  # (P,) long, episode * C + slot
+    episode: Tensor  # (P,) long
+    shown: Tensor  # (S,) long, the pairs of classes: all but the background's
     example: Tensor  # (P,) long, place among the pairs of its slot
     order: Tensor  # (P,) long, place among the pairs of its episode
     counted: Tensor  # (P,) bool, whether the pair counts in its class's mean: all but those `dense_grid` adds
@@ -49,20 +51,17 @@ class Pairs(_Movable):
     @classmethod
     def of(cls, slots: Tensor, slot: Tensor, counted: Tensor | None = None) -> Self:
         """From slots (B, C) and each pair's slot (P,)."""
-        example, order = ranks(slot), ranks(slot // slots.shape[1])
+        episode = slot // slots.shape[1]
+        shown = (slot % slots.shape[1]).nonzero()[:, 0]
+        example, order = ranks(slot), ranks(episode)
         counted = torch.ones_like(slot, dtype=torch.bool) if counted is None else counted
-        return cls(slots, slot, example, order, counted, _most(example), _most(order))
+        return cls(slots, slot, episode, shown, example, order, counted, _most(example), _most(order))
 
     @classmethod
     def merged(cls, parts: "Sequence[Pairs]") -> Self:
         """The pairs of several chunks of the same episodes' supports, one after the other."""
         slot, counted = (torch.cat([getattr(p, name).cpu() for p in parts]) for name in ("slot", "counted"))
         return cls.of(parts[0].slots.cpu(), slot, counted).to(parts[0].slots.device)
-
-    @property
-    def episode(self) -> Tensor:
-        """(P,) long."""
-        return self.slot // self.slots.shape[1]
 
 
 @dataclass

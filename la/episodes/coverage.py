@@ -26,8 +26,8 @@ def box_coverage(batch: EpisodeBatch, grid: tuple[int, int]) -> Tensor:
     """(P, h, w): 1 for the cells whose centres lie in a box of the pair."""
     h, w = grid
     device = batch.support.device
-    y = (torch.arange(h, device=device) + 0.5) / h
-    x = (torch.arange(w, device=device) + 0.5) / w
+    y = torch.arange(0.5, h, device=device) / h
+    x = torch.arange(0.5, w, device=device) / w
     x0, y0, x1, y1 = batch.boxes[..., None].unbind(2)
     rows = (y >= y0) & (y <= y1) & batch.box_valid[..., None]
     columns = (x >= x0) & (x <= x1)
@@ -37,12 +37,11 @@ def box_coverage(batch: EpisodeBatch, grid: tuple[int, int]) -> Tensor:
 def point_coverage(batch: EpisodeBatch, grid: tuple[int, int]) -> Tensor:
     """(2, P, h, w): 1 for the cells that hold a point of the pair, outside the object and inside."""
     h, w = grid
-    coverage = torch.zeros(2, len(batch.pair_support), h, w, device=batch.support.device)
-    pair, point = (batch.point_labels >= 0).nonzero(as_tuple=True)
-    x, y = batch.points[pair, point].unbind(-1)
+    coverage = torch.zeros(3, len(batch.pair_support), h, w, device=batch.support.device)  # last that of padding
+    x, y = batch.points.unbind(-1)
     row, column = (y * h).long().clamp(0, h - 1), (x * w).long().clamp(0, w - 1)
-    coverage[batch.point_labels[pair, point], pair, row, column] = 1
-    return coverage
+    coverage[batch.point_labels, torch.arange(len(row), device=row.device)[:, None], row, column] = 1
+    return coverage[:2]
 
 
 def slot_weights(batch: EpisodeBatch) -> Tensor:

@@ -59,7 +59,7 @@ def iou_loss(logits: Tensor, truth: Tensor, slots: Tensor, likelihood: float = 0
     both, size = (predicted * true).sum((2, 3)), true.sum((2, 3))
     either = predicted.sum((2, 3)) + size - both
     few = pixels / 720  # pixels that keep a class of none or of very few from counting in full
-    missed = 1 - (both + few) / (either + few)
+    missed = (either - both) / (either + few)
     weight = 3 * (size.clamp(min=few) / pixels).sqrt()  # about 1 for an object of a tenth of the photo
     shown = slots[:, 1:]
     return likelihood * entropy + ((weight * missed * shown).sum(1) / shown.sum(1)).mean()

@@ -21,7 +21,7 @@ from la.model.prompt_completion import EPSILON, PromptCompletion, logit
 
 PAIRS_AT_ONCE = 8  # whose tokens are summed together
 MOST_TOKENS = 10_000  # of an episode's supports for affinity: 11 photos of 30 x 30, each token by itself
-AFFINITIES_AT_ONCE = 2**21  # entries in memory together, 8 MB: what is worked on in place should not leave the cache
+AFFINITIES_AT_ONCE = 2**22  # entries in memory together, 16 MB: what is worked on in place should not leave the cache
 TEMPERATURES = (0.1, 0.05)  # of affinities; where one is half of that before it, a square takes an exponential's place
 GPU_ROOM = 64  # times as many on a GPU, where few large operators are what is fast
 SMOOTHING = 0.07  # temperature at which a query token takes after the tokens that resemble it
@@ -62,7 +62,7 @@ class Matching(nn.Module):
         """What matching needs of the supports of a batch, whatever the query; parts with as many keys a support."""
         with torch.autocast(batch.support.device.type, enabled=False):  # bfloat16 cannot tell cosines near 1 apart
             support = self._units(batch.support)
-            shown = (batch.pairs.slot % batch.slots.shape[1] > 0).nonzero()[:, 0]  # background pairs have no prompts
+            shown = batch.pairs.shown  # background pairs have no prompts
             slot, photo = batch.pairs.slot[shown], batch.pair_support[shown]
             weight = self.completion(batch, support)[shown]
             keys = self._in_metric(support) if self.affinity else support  # once, however many classes a photo shows
@@ -98,14 +98,14 @@ class Matching(nn.Module):
                 prototypes = F.normalize(seen.covered, dim=-1)
                 maps += seen.cosines(query, prototypes)
                 maps += seen.cosines(smooth, self.metric(prototypes)) if self.metric is not None else []
-            share = seen.cover[0] / seen.cover[1].clamp(min=1)
+            covered, shots = seen.cover[0], seen.cover[1].clamp(min=1)
             if self.affinity:
                 maps += seen.odds()
-        ways = slots.sum(1).sub(1).to(share).repeat_interleave(c)
-        numbers = (share.clamp(min=EPSILON).log() / 4, ways.clamp(min=1).log(), seen.cover[1].clamp(min=1).log())
-        maps += [number[:, None].expand(-1, h * w) for number in numbers]
-        shown = slots & (torch.arange(c, device=query.device) > 0)
-        return torch.stack(maps, 1).view(b, c, self.maps, h, w) * shown[:, :, None, None, None]
+        shown = F.pad(slots[:, 1:], (1, 0))
+        ways = shown.sum(1, keepdim=True, dtype=shots.dtype).expand(-1, c).flatten()
+        numbers = torch.stack(((covered / shots).clamp(min=EPSILON), ways.clamp(min=1), shots)).log()
+        numbers = (numbers / numbers.new_tensor([[4], [1], [1]]))[..., None].expand(-1, -1, h * w)
+        return torch.stack([*maps, *numbers], 1).view(b, c, self.maps, h, w) * shown[:, :, None, None, None]
 
     def _units(self, features: Tensor) -> Tensor:
         """(B, h, w, D) -> unit features (B, n, D)."""
@@ -135,7 +135,8 @@ class Annotated:
     ) -> "Annotated":
         """From weights (p, n), unit tokens (L, n, D) and these in the space of affinity, of a grid (h, w)."""
         shares = torch.stack((weight, 1 - weight), 1)
-        some = zip(shares.split(PAIRS_AT_ONCE), photo.split(PAIRS_AT_ONCE), strict=True)
+        at_once = PAIRS_AT_ONCE if tokens.device.type == "cpu" else GPU_ROOM * PAIRS_AT_ONCE
+        some = zip(shares.split(at_once), photo.split(at_once), strict=True)
         sums = torch.cat([share @ tokens[of] for share, of in some]).transpose(0, 1)
         mass = torch.ones_like(tokens[0, :, 0])
         if side > 1:
@@ -215,8 +216,7 @@ class _Sums:
 
     def cosines(self, query: Tensor, prototypes: Tensor) -> list[Tensor]:
         """Unit query tokens (B, n, D) and prototypes (2, B * C, D) -> of the class and the rest, (B * C, n) each."""
-        ready = prototypes.unflatten(1, (-1, self.slots))
-        return list((query @ ready.transpose(2, 3)).transpose(2, 3).flatten(1, 2))
+        return list((prototypes.unflatten(1, (-1, self.slots)) @ query.transpose(1, 2)).flatten(1, 2))
 
     def odds(self) -> list[Tensor]:
         """Of each temperature (B * C, n): over the support tokens of all classes of an episode, which compete so."""

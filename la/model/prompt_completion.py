@@ -63,8 +63,8 @@ class PromptCompletion(nn.Module):
         grid, pairs = batch.support.shape[1:3], batch.sparse_pair
         image = support[batch.pair_support[pairs]]
         boxes = box_coverage(batch, grid).flatten(1)[pairs].to(support)
-        inside, outside = (F.normalize(torch.einsum("pn,pnd->pd", x, image), dim=-1) for x in (boxes, 1 - boxes))
-        leaning = torch.einsum("pnd,pd->pn", image, inside - outside)
+        inside, outside = F.normalize(torch.stack((boxes, 1 - boxes), 1) @ image, dim=-1).unbind(1)
+        leaning = (image @ (inside - outside)[..., None])[..., 0]
         points = point_coverage(batch, grid).flatten(2)[:, pairs].to(support)
         repelled, resembled = _most_alike(image, points, batch.points.shape[1])
         return boxes, leaning, points[1], resembled, repelled
