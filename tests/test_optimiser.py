@@ -1,5 +1,7 @@
 """The optimiser's options, and the end of a training whose numbers are no longer finite."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from pipelines.runs.checkpoints import load
 from pipelines.store.reader import FeatureStore
 from pipelines.training.optimiser import optimiser_of
 from pipelines.training.prepare import prepare, run_dir_of
+from pipelines.training.resume import LastCheckpoint, begin
 from pipelines.training.run import train
 from tests.test_training import featurized_scenes, settings, train_on_two
 
@@ -100,6 +103,27 @@ def test_a_run_with_all_options_goes_on_where_it_stopped(workspace, monkeypatch)
     train(config)
     resumed = load(run_dir / "last.pt")["training"]
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected["training"].items())
+
+
+def test_the_state_of_an_optimiser_that_went_from_parameter_to_parameter_is_gone_on_with(workspace):
+    prepared = prepare(settings(workspace, seed=5, steps=1))
+    state = begin(prepared, LastCheckpoint(prepared), torch.device("cpu"))
+    plain = deepcopy(state.model)
+    earlier = torch.optim.AdamW(plain.parameters(), 0.01, weight_decay=0.1)
+
+    def step(model, optimiser):
+        for p in model.parameters():
+            p.grad = p.detach().cos()
+        optimiser.step()
+
+    step(plain, earlier)
+    saved = {"training": plain.state_dict(), "optimiser": earlier.state_dict()}
+    state.load_state_dict(state.state_dict() | deepcopy(saved))
+    assert state.optimiser.param_groups[0]["fused"]
+    step(plain, earlier)
+    step(state.model, state.optimiser)
+    for ours, theirs in zip(state.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
 def test_training_that_diverges_ends_before_a_checkpoint_of_it_and_says_what_to_do(workspace):
