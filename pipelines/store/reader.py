@@ -4,6 +4,7 @@ A store is one folder for one (annotations, backbone, weights, image size, prepr
 
     train/part-00000.parquet ...   val/part-00000.parquet ...   one row, and one row group, per image
     annotations-train.parquet      annotations-val.parquet      images with their annotations as RLE
+    masks-train-120x120.arrow ...                               made of these at first use, see SmallMasks
     index.parquet                  image_id, split, shard, row_group, height, width
     store.json                     everything above in words; written last, so its presence means the store is complete
 The key, which names the folder, is a digest of what it was made from; see StoreSettings.
@@ -36,6 +37,7 @@ from pipelines.store.feature_shards import (
     open_shard,
     shard_file,
 )
+from pipelines.store.small_masks import SmallMasks
 from pipelines.workspace import write_whole
 
 T = TypeVar("T")
@@ -195,6 +197,7 @@ class FeatureStore:
         self.path = Path(path).absolute()
         self._shards: dict[str, MappedShard] = {}
         self._datasets: dict[str, Dataset] = {}
+        self._masks: dict[Path, SmallMasks] = {}
 
     def __reduce__(self) -> tuple:
         return FeatureStore, (self.path,)
@@ -231,6 +234,13 @@ class FeatureStore:
         if split not in self._datasets:
             self._datasets[split] = read_dataset(self.path / f"annotations-{split}.parquet")
         return self._datasets[split]
+
+    def small_masks(self, split: str, size: tuple[int, int]) -> SmallMasks:
+        """The masks of a split's annotations on a grid of `size`, drawn at first use; opened once per process."""
+        file = self.path / f"masks-{split}-{size[0]}x{size[1]}.arrow"
+        if file not in self._masks:
+            self._masks[file] = SmallMasks(file, self.dataset(split), size)
+        return self._masks[file]
 
     def read(self, image_id: int) -> np.ndarray:
         """(h, w, C) features of an image: float16, a read-only view of its shard; or float32, decoded from int8.

@@ -76,8 +76,8 @@ class Prepared:
         return digests[0] if len(digests) == 1 else digest(digests)
 
     def draw_episodes(self) -> None:
-        """Draw what is not drawn yet, so that workers that start together only read."""
-        _ = self.shards, self.validation
+        """Draw what is not drawn yet, episodes and small masks, so that workers that start together only read."""
+        _ = self.shards, self.validation, self.builders
 
 
 def prepare(config: TrainConfig) -> Prepared:
