@@ -12,6 +12,7 @@ The key, which names the folder, is a digest of what it was made from; see Store
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from la.backbone.quantised import Quantised
 from la.data.coco import Dataset
 from la.errors import InputError
 from pipelines.store.annotations import read_dataset, write_dataset
+from pipelines.store.buffers import Buffers
 from pipelines.store.feature_shards import (
     FORMAT,
     MappedShard,
@@ -40,6 +42,7 @@ from pipelines.store.feature_shards import (
 from pipelines.store.small_masks import SmallMasks
 from pipelines.workspace import write_whole
 
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # of mapped shards, which are only read
 T = TypeVar("T")
 MOST_NUMBERS = 2**30  # of one photo's features: 2 GB
 ShardName = Annotated[str, Field(pattern=r"^\w+/part-\d{5,9}\.parquet$")]
@@ -198,6 +201,7 @@ class FeatureStore:
         self._shards: dict[str, MappedShard] = {}
         self._datasets: dict[str, Dataset] = {}
         self._masks: dict[Path, SmallMasks] = {}
+        self.buffers = Buffers()
 
     def __reduce__(self) -> tuple:
         return FeatureStore, (self.path,)
@@ -264,10 +268,9 @@ class FeatureStore:
     def read_encoded(self, image_ids: Sequence[int]) -> torch.Tensor | Quantised:
         """The same as they are stored, for `.to(device)`, which decodes there."""
         if self.info.dtype == "float16":
-            batch = torch.empty(len(image_ids), *self._shape, dtype=torch.float16)
-            for row, image_id in zip(batch.numpy(), image_ids, strict=True):
-                row[...] = self._find(image_id, MappedShard.read)
-            return batch
+            batch = self.buffers.empty(len(image_ids), *self._shape)
+            views = [torch.from_numpy(self._find(image_id, MappedShard.read)) for image_id in image_ids]
+            return torch.stack(views, out=batch) if views else batch  # one call, in which other threads run
         return self._copy(image_ids, Quantised.empty(len(image_ids), self._shape))
 
     def _copy(self, image_ids: Sequence[int], into: Quantised) -> Quantised:
