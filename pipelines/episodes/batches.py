@@ -37,7 +37,14 @@ class BatchBuilder:
 
     def truth(self, episodes: Sequence[Episode]) -> Tensor:
         """(B, 4h, 4w) long: slots 0..N of each query at the decoder's own resolution, IGNORED where a crowd stands."""
-        return torch.stack([self._small_truth(e.query, e.classes) for e in episodes])
+        labels = np.zeros((len(episodes), *self.truth_size), np.int64)
+        small = self._small[self.truth_size]
+        for one, episode in zip(labels, episodes, strict=True):
+            # as `label_map` draws it, from small masks
+            for annotation, label in drawing_order(self.dataset.annotations[episode.query], episode.classes):
+                part, cells = small[annotation.id]
+                one[part][cells > 127] = label
+        return torch.from_numpy(labels)
 
     def full_truth(self, episode: Episode, size: tuple[int, int] | None = None) -> Tensor:
         """(H, W) uint8: slots 0..N of the query at the photo's own size, or resized to `size` without blending."""
@@ -56,12 +63,5 @@ class BatchBuilder:
         union = np.zeros(self.mask_size, np.float32)
         for part, cells in map(self._small[self.mask_size].__getitem__, annotation_ids):
             union[part] += cells
-        return torch.from_numpy(union.clip(max=255) / 255)
-
-    def _small_truth(self, image_id: int, classes: Sequence[int]) -> Tensor:
-        """The label map drawn from small masks, in the order in which `label_map` draws it."""
-        labels = np.zeros(self.truth_size, np.int64)
-        for one, label in drawing_order(self.dataset.annotations[image_id], classes):
-            part, cells = self._small[self.truth_size][one.id]
-            labels[part][cells > 127] = label
-        return torch.from_numpy(labels)
+        np.minimum(union, 255, out=union)
+        return torch.from_numpy(np.divide(union, 255, out=union))
