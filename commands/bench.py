@@ -19,6 +19,7 @@ ABOUT = """Speed as a ratio, both sides measured in one run: each stage against 
 featurize: against the bare backbone on decoded photos; asks for --coco-dir
 store: a photo's features at random against a memory map; an int8 store beside it, too
 episodes: drawn on one core, per second
+data: batches of episodes against copying their features
 model: annotated pairs packed against the dense grid; the memory of 1 and of 20 shots
 evaluate: against one episode at a time
 training: Ray Train with one worker against the bare loop, and two against one

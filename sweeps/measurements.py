@@ -51,6 +51,7 @@ def measurements(config: BenchConfig) -> dict[str, Callable]:
         "featurize": featurize,
         "store": reading,
         "episodes": lambda: [ratios.bench_episodes(store(), **given(fold="fold", repeats="repeats"))],
+        "data": lambda: [ratios.bench_data(store(), **given(fold="fold", repeats="repeats"))],
         "model": lambda: model_speed.bench_model(store(), **given(name="preset", repeats="repeats")),
         "evaluate": lambda: [
             ratios.bench_evaluate(store(), **given(name="preset", episodes="episodes", repeats="repeats"))

@@ -7,7 +7,7 @@ from la.errors import InputError
 from pipelines.bench.int8_reading import bench_int8, int8_beside
 from pipelines.bench.model_speed import bench_model
 from pipelines.bench.random_store import made_up_dataset, made_up_features
-from pipelines.bench.ratios import BenchResult, bench_evaluate, bench_featurize, bench_store
+from pipelines.bench.ratios import BenchResult, bench_data, bench_evaluate, bench_featurize, bench_store
 from pipelines.bench.step_operators import step_operators
 from pipelines.config import FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
@@ -61,6 +61,7 @@ def test_the_model_is_measured_packed_and_dense(tmp_path, tiny_weights):
     assert shots.passed
     assert shots.details["chunked differs by"] < 1e-5
     assert query.ratio > 0
+    assert bench_data(store, repeats=1, batches=6).details["two threads over one"] > 0
     evaluated = bench_evaluate(store, "debug", episodes=12)
     assert evaluated.details["episodes"] == 12
     assert 1 <= evaluated.details["distinct"] <= 12

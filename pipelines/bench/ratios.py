@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from la.data.coco import find_splits, load_coco
 from la.data.photos import read_photo
 from la.device import autocast
+from la.episodes.sampling import Episode
 from la.errors import InputError
 from la.evaluation.metrics import FewShotIoU
 from la.model.decoder import segment
@@ -173,6 +175,46 @@ def bench_episodes(store_path: Path, fold: int = 0, repeats: int = 5, count: int
     rate = count / statistics.median(seconds)
     details = {"episodes/s": rate, "episodes": count, "repeats": repeats}
     return BenchResult("episodes: drawn a second on one core, against 2,000", rate / 2000, 1.0, "at least", details)
+
+
+def bench_data(store_path: Path, fold: int = 0, repeats: int = 5, batches: int = 48) -> BenchResult:
+    """Batches of the `paper` recipe, from episodes that are read, against copying the same features out of the store.
+
+    By one thread; the details say how much faster two are.
+    """
+    store = FeatureStore(store_path)
+    plan = training_plan(TrainConfig(workspace=store.path.parents[1], recipe="paper", fold=fold))
+    groups = len(plan.batches)
+    drawn = [
+        draw(plan, store, n % groups, *(plan.batches[n % groups][0] * (n // groups + k) for k in (0, 1)))
+        for n in range(batches)
+    ]
+    builder = BatchBuilder(store, "train")
+
+    def build(episodes: list[Episode]) -> None:
+        builder.pack(episodes)
+        builder.truth(episodes)
+
+    def copy(episodes: list[Episode]) -> None:
+        store.read_batch([e.query for e in episodes])
+        store.read_batch([photo for e in episodes for photo in e.supports])
+
+    def by(threads: int, work: Callable[[list[Episode]], None]) -> Callable[[int], None]:
+        def way(_: int) -> None:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(work, drawn))
+
+        return way
+
+    copying, one, two = in_turn(by(1, copy), by(1, build), by(2, build), turns=range(repeats))
+    details = {
+        "ms/batch": statistics.median(one) / batches * 1e3,
+        "copying ms/batch": statistics.median(copying) / batches * 1e3,
+        "two threads over one": median_ratio(one, two),
+        "repeats": repeats,
+    }
+    name = "data: a batch against copying its features"
+    return BenchResult(name, median_ratio(one, copying), 4.0, "at most", details)
 
 
 def bench_evaluate(store_path: Path, name: str = "paper", episodes: int = 1000, repeats: int = 1) -> BenchResult:
