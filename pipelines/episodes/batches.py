@@ -43,7 +43,7 @@ class BatchBuilder:
             # as `label_map` draws it, from small masks
             for annotation, label in drawing_order(self.dataset.annotations[episode.query], episode.classes):
                 part, cells = small[annotation.id]
-                one[part][cells > 127] = label
+                np.copyto(one[part], label, where=cells > 127)
         return torch.from_numpy(labels)
 
     def full_truth(self, episode: Episode, size: tuple[int, int] | None = None) -> Tensor:
