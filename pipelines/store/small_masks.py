@@ -44,8 +44,7 @@ class SmallMasks:
                     file, lambda path: feather.write_feather(table, path, "uncompressed", chunksize=len(table) or 1)
                 )
                 table = _read(file, schema)  # of which all processes of a machine share one copy
-        self._ids, self._masks = (column.combine_chunks() for column in table.columns)
-        self._ids = self._ids.to_numpy()
+        self._ids, self._masks = table["id"].to_numpy(), table["mask"]
 
     def __getitem__(self, annotation_id: int) -> tuple[tuple[slice, slice], np.ndarray]:
         """The part of the grid that the instance touches and, in it, the share of each cell, uint8, 255 = covered.
