@@ -44,6 +44,7 @@ class SmallMasks:
                     file, lambda path: feather.write_feather(table, path, "uncompressed", chunksize=len(table) or 1)
                 )
                 table = _read(file, schema)  # of which all processes of a machine share one copy
+                pa.default_memory_pool().release_unused()
         self._ids, self._masks = table["id"].to_numpy(), table["mask"]
 
     def __getitem__(self, annotation_id: int) -> tuple[tuple[slice, slice], np.ndarray]:
