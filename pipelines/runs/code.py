@@ -17,7 +17,7 @@ DECIDING = (
     "pipelines/episodes/*.py",
     "pipelines/evaluation/evaluate.py",  # by its validations checkpoints are chosen
     "pipelines/evaluation/shared_work.py",
-    *(f"pipelines/store/{module}.py" for module in ("annotations", "feature_shards", "reader")),
+    *(f"pipelines/store/{module}.py" for module in ("annotations", "feature_shards", "reader", "small_masks")),
     *(
         f"pipelines/training/{m}.py"
         for m in ("fit_matching", "loop", "optimiser", "prepare", "resume", "state", "step_batches")
