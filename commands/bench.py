@@ -1,7 +1,6 @@
 """Speed as a ratio, both sides measured in one run."""
 
 import json
-import os
 import time
 from dataclasses import asdict
 from typing import Annotated
@@ -40,7 +39,6 @@ def bench(
     ] = None,
 ) -> None:
     """See ABOUT, which is the help."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks of its set-up otherwise
     from pipelines.bench import ratios
     from pipelines.workspace import write_text
     from sweeps.measurements import measurements
@@ -49,10 +47,6 @@ def bench(
     unknown = [name for name in names or () if name not in runs]
     if unknown:
         raise InputError(f"{unknown[0]} is not measured here. Choose from {', '.join(runs)}.")
-    if config.threads:
-        import torch
-
-        torch.set_num_threads(config.threads)
     table = Table("measurement", "ratio", "bar", "", title="Speed, each ratio measured in one run")
     kept: dict[str, list] = {}
     for name in names or runs:

@@ -6,25 +6,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from commands.options import (
-    AddressOption,
-    AgainOption,
-    KeepOption,
-    RegisterOption,
-    console,
-    mistakes,
-    other_code,
-    progress_bar,
-    say,
-    verb,
-)
+from commands.options import AddressOption, console, mistakes, progress_bar, say, verb
 from la.errors import InputError
 from pipelines.config import EvaluateConfig, ProfileConfig, TrainConfig, WorkspaceSettings
 
 app = typer.Typer()
 
 
-@verb(app, TrainConfig, from_file=True, goes_on=True)
+@verb(app, TrainConfig, from_file=True, trains=True, goes_on=True)
 def train(
     config: TrainConfig,
     epochs: Annotated[
@@ -34,9 +23,8 @@ def train(
         ),
     ] = None,
     address: AddressOption = None,
-    again: AgainOption = False,
-    keep: KeepOption = False,
-    register: RegisterOption = None,
+    *,
+    how: dict,
 ) -> None:
     """Train the heads on the 60 seen classes of a fold. Killed and started again, it goes on from the last checkpoint.
 
@@ -61,7 +49,7 @@ def train(
                 spent = f"{report['seconds'] / 60:.1f} minutes"
                 bar.console.print(f"step {report['step']}: {numbers}, {spent}", highlight=False)
 
-        result = tracked_training(config, show, register, other_code(again, keep))
+        result = tracked_training(config, show, **how)
         bar.update(task, completed=result.step)
     seen, minutes = result.metrics["seen_miou"], result.metrics["train_seconds"] / 60
     say(
@@ -90,19 +78,11 @@ def evaluate(
         task = bar.add_task(f"fold {config.fold} {config.method}", total=None, now="loading the model")
         result = run(config, lambda done, total: bar.update(task, completed=done, total=total, now="episodes"))
     log_evaluation(config, result)
-    table = Table("class", "IoU", "episodes")
-    table.title = f"{result.method}, fold {config.fold}, {config.classes} classes of {config.split}"
+    table = Table("class", "IoU", "episodes", title=result.title(config))
     for name, iou in sorted(result.per_class.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{iou:.1f}", str(result.episodes_per_class[name]))
     console.print(table)
-    say(*(f"  not drawn: {name} ({reason})" for name, reason in result.classes_skipped.items()))
-    spread = f" +- {result.std:.2f}" if config.seeds > 1 else ""
-    say(
-        f"{config.ways}-way {config.shots}-shot, {config.prompt} prompts: mIoU {result.miou:.2f}{spread} over "
-        f"{config.seeds} seeds x {config.episodes} episodes, {result.classes_drawn} classes; "
-        f"95 % of resampled episodes {result.interval[0]:.2f} to {result.interval[1]:.2f}, "
-        f"FB-IoU {result.fb_iou:.2f}; protocol {config.protocol}, episodes {result.episodes_digest}"
-    )
+    say(*(f"  not drawn: {name} ({reason})" for name, reason in result.classes_skipped.items()), result.summary(config))
     if picture:
         from pipelines.evaluation.figures import draw_first_episodes
 

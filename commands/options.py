@@ -41,13 +41,16 @@ AddressOption = Annotated[
         "RAY_ADDRESS says it as well).",
     ),
 ]
-AgainOption = Annotated[
-    bool, typer.Option("--again", help="Train anew what code from before has trained; the old is kept beside.")
-]
-KeepOption = Annotated[bool, typer.Option("--keep", help="Take what code from before has trained as it is.")]
-RegisterOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Put the best model into MLflow's model registry under this name.")
-]
+TRAINING_OPTIONS = {
+    "again": (bool, typer.Option("--again", help="Train anew what code from before has trained; the old is kept.")),
+    "keep": (bool, typer.Option("--keep", help="Take what code from before has trained as it is.")),
+    "register": (
+        str | None,
+        typer.Option(
+            "--register", metavar="NAME", help="Put the best model into MLflow's model registry by this name."
+        ),
+    ),
+}
 FILE_OPTIONS = {
     "config_file": (
         Path | None,
@@ -77,31 +80,37 @@ def verb(
     defaults: Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None,
     training: Collection[str] = (),
     from_file: bool = False,
+    trains: bool = False,
     goes_on: bool = False,
 ) -> Callable:
     """Register a function as a verb; its options are the fields of `settings`, then its own parameters.
 
     It is called with the settings that were given and its own options. `without`: fields that are no options;
     `defaults`: for this verb, where they differ from the settings' own, or what gives them, called with the verb's own
-    options; `training`: fields of TrainConfig that are
-    options as well, for the settings' field `train`; `from_file`: with --config, --set and --print-config; `goes_on`:
-    once stopped, the same command goes on.
+    options; `training`: fields of TrainConfig that are options too, for the settings' field `train`; `from_file`: with
+    --config, --set and --print-config; `trains`: with --again, --keep and --register, which it gets as `how`;
+    `goes_on`: once stopped, the same command goes on.
     """
     known = defaults if isinstance(defaults, Mapping) else {}
 
     def register(body: Callable) -> Callable:
-        own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
+        own = [p for p in inspect.signature(body, eval_str=True).parameters.values() if p.name not in ("config", "how")]
         hidden = callable(defaults)  # they are said elsewhere, in a file
         options = [
             option(settings, field, known.get(field), hidden) for field in fields_of(settings) if field not in without
         ]
         options += [option(TrainConfig, field) for field in training]
+        if trains:
+            options += [_parameter(field, *how) for field, how in TRAINING_OPTIONS.items()]
         if from_file:
             options += [_parameter(field, *how) for field, how in FILE_OPTIONS.items()]
 
         def run(**given: Any) -> None:
             with mistakes(goes_on):
                 mine = {each.name: given.pop(each.name) for each in own}
+                if trains:
+                    code = other_code(given.pop("again"), given.pop("keep"))
+                    mine["how"] = {"code": code, "register": given.pop("register")}
                 printing = given.pop("print_config", False)
                 base = defaults(**mine) if callable(defaults) else known
                 config = _assemble(settings, dict(base), given, training)
@@ -124,10 +133,10 @@ def option(settings: type[Settings], name: str, default: Any = None, hidden: boo
     field, plain = settings.model_fields[name], plain_type(settings.model_fields[name].annotation)
     default = field.default if default is None else default
     about, flag = field.description, flag_of(settings, name)
-    recipes = [f"{recipe} {as_text(own[name])}" for recipe, own in RECIPES.items() if name in own]
     if default not in (None, (), PydanticUndefined) and not hidden:
-        about += f" (default: {as_text(default)}{'; recipe ' if recipes and settings is TrainConfig else ''}"
-        about += f"{', '.join(recipes) if settings is TrainConfig else ''})"
+        named = RECIPES.items() if settings is TrainConfig else ()
+        recipes = ", ".join(f"{recipe} {as_text(own[name])}" for recipe, own in named if name in own)
+        about += f" (default: {as_text(default)}{'; recipe ' * bool(recipes)}{recipes})"
     how: dict[str, Any] = {"envvar": (field.json_schema_extra or {}).get("envvar")}
     if plain is bool:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
@@ -216,7 +225,7 @@ def _all_settings(kind: type[Settings]) -> Iterator[type[Settings]]:
         yield from _all_settings(each)
 
 
-def other_code(again: bool, keep: bool) -> str:
+def other_code(again: bool | None, keep: bool | None) -> str:
     """What becomes of results that other code made: ask, again or keep. InputError where both are asked for."""
     if again and keep:
         raise InputError("--again and --keep exclude each other: train anew, or take what is there.")

@@ -9,15 +9,6 @@ from commands.options import AddressOption, mistakes, progress_bar, say, verb
 from pipelines.config import PredictConfig, ServeConfig
 
 app = typer.Typer()
-LIMITS = (
-    "max_photo_pixels",
-    "max_classes",
-    "max_request_mb",
-    "max_class_sets",
-    "max_pages",
-    "idle_minutes",
-    "max_waiting",
-)
 
 
 @verb(app, PredictConfig, goes_on=True)
@@ -65,7 +56,7 @@ def export(
             say(f"differs from the model by at most {report.difference:.1e} on a random input")
 
 
-@verb(app, ServeConfig, without=LIMITS)
+@verb(app, ServeConfig)
 def serve(config: ServeConfig, address: AddressOption = None) -> None:
     """Open a web page, and beside it an HTTP API, to label a few photos and have others segmented."""
     from pipelines.serve.server import serve as run

@@ -7,33 +7,15 @@ from typing import Annotated
 
 import typer
 
-from commands.options import (
-    AddressOption,
-    AgainOption,
-    KeepOption,
-    RegisterOption,
-    console,
-    mistakes,
-    other_code,
-    say,
-    verb,
-)
+from commands.options import AddressOption, console, mistakes, say, verb
 from la.errors import InputError
 from pipelines.config import SearchConfig, SweepConfig, WorkspaceSettings
-from sweeps.study import BUILT_IN, Study, find_study
+from sweeps.study import BUILT_IN, Study, find_study, search_of, search_of_sweep
 
 app = typer.Typer()
 sweep_app = typer.Typer(help="Sweeps on Ray Tune: many trainings and evaluations, one table.", no_args_is_help=True)
-COMMON = (
-    "steps",
-    "minutes",
-    "recipe",
-    "lr",
-    "batch_scale",
-    "dim",
-    "also",
-    "workers",
-)  # of training; all others by --set
+# settings of training that are options; all others by --set
+COMMON = ("steps", "minutes", "recipe", "lr", "batch_scale", "dim", "also", "workers")
 OUTLINE = (
     "Each variant is trained on each fold and evaluated on unseen classes. Killed and started again, the sweep goes on "
     "where it was; a variant that fails does not lose the others. A setting that is given wins over what the study and "
@@ -56,17 +38,17 @@ def add_study(name: str) -> None:
         defaults={"study": name} | study.evaluation(),
         training=COMMON,
         from_file=True,
+        trains=True,
         goes_on=True,
     )
     def command(
         config: SweepConfig,
         address: AddressOption = None,
         dry_run: DryRunOption = False,
-        again: AgainOption = False,
-        keep: KeepOption = False,
-        register: RegisterOption = None,
+        *,
+        how: dict,
     ) -> None:
-        run_study(config, study, dry_run, code=other_code(again, keep), register=register)
+        run_study(config, study, dry_run, **how)
 
 
 for each in BUILT_IN:
@@ -78,21 +60,20 @@ def of_file(study: Path, **_: object) -> dict:
     return find_study(str(study)).evaluation() | {"study": str(study.absolute())}
 
 
-@verb(sweep_app, SweepConfig, name="run", defaults=of_file, training=COMMON, from_file=True, goes_on=True)
+@verb(sweep_app, SweepConfig, name="run", defaults=of_file, training=COMMON, from_file=True, trains=True, goes_on=True)
 def run_file(
     config: SweepConfig,
     study: Annotated[Path, typer.Argument(help="A study: a .toml file, or a .py file whose study() returns the same.")],
     address: AddressOption = None,
     dry_run: DryRunOption = False,
-    again: AgainOption = False,
-    keep: KeepOption = False,
-    register: RegisterOption = None,
+    *,
+    how: dict,
 ) -> None:
     """A study of your own: variants by name, grids, folds and seeds of training from one file. `sweep new` writes one.
 
     Options that are given win over the file.
     """
-    run_study(config, find_study(str(study)), dry_run, code=other_code(again, keep), register=register)
+    run_study(config, find_study(str(study)), dry_run, **how)
 
 
 @sweep_app.command()
@@ -108,21 +89,9 @@ def new(file: Annotated[Path, typer.Argument(help="The .toml file to write.")]) 
 def run_study(config: SweepConfig, study: Study, dry_run: bool, **how: str | None) -> None:
     """Run a sweep or, of a study with a space, a search; or print what it would run. `how`: as of `run_sweep`."""
     if study.space:
-        if (
-            len(config.folds) + len(config.train_seeds) > 2
-            or config.variants
-            or how != {"code": "ask", "register": None}
-        ):
-            raise InputError(
-                f"{study.name} has a [space], so it is a search: of one fold and one seed of training, without "
-                "--variants, --again, --keep and --register."
-            )
-        names = set(SearchConfig.model_fields) & config.model_fields_set - {"study", "train", "seeds"}
-        given = search_of(study) | {name: getattr(config, name) for name in names}
-        train = given["train"] | config.train
-        steps = {"steps": train.pop("steps")} if "steps" in train else {}
-        own = {"train": train, "fold": config.folds[0], "seed": config.train_seeds[0]}
-        run_searching(SearchConfig(**given | steps | own), dry_run)
+        if how != {"code": "ask", "register": None}:
+            raise InputError(f"{study.name} has a [space], so it is a search: without --again, --keep and --register.")
+        run_searching(search_of_sweep(config, study), dry_run)
         return
     if dry_run:
         from sweeps.forecast import forecast
@@ -165,13 +134,6 @@ def search(config: SearchConfig, address: AddressOption = None) -> None:
     --fold or more --steps. A setting that is given is not searched; a study with a [space] of its own is `sweep run`.
     """
     run_searching(config)
-
-
-def search_of(study: Study) -> dict:
-    """What a study says of its search, by the names of SearchConfig."""
-    settings = dict(study.train)
-    own = {"steps": settings.pop("steps")} if "steps" in settings else {}
-    return own | {"space": study.space, "train": settings, "fold": study.folds[0], "study": study.name} | study.search
 
 
 def run_searching(config: SearchConfig, dry_run: bool = False) -> None:

@@ -1,7 +1,10 @@
 """What `bench` measures, by name."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from la.errors import InputError
 from pipelines.bench import int8_reading, model_speed, query_latency, ratios, step_operators, training_speed
@@ -13,6 +16,10 @@ from sweeps.trial_overhead import bench_sweep
 
 def measurements(config: BenchConfig) -> dict[str, Callable]:
     """What can be measured, by name, with the settings that were given."""
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler talks of its set-up otherwise
+    if config.threads:
+        torch.set_num_threads(config.threads)
 
     def store() -> Path:
         return Workspace(config.workspace).find_store(config.store)

@@ -16,7 +16,17 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from la.errors import InputError
 from la.evaluation.baselines import BASELINES
-from pipelines.config import RECIPES, Count, Prompt, Settings, SettingSpace, TrainConfig, closest
+from pipelines.config import (
+    RECIPES,
+    Count,
+    Prompt,
+    SearchConfig,
+    Settings,
+    SettingSpace,
+    SweepConfig,
+    TrainConfig,
+    closest,
+)
 
 Task = tuple[int, int]  # ways, shots
 Paper = Mapping[Task, float | tuple[float, ...]]  # mIoU in percent; a tuple has one number a fold
@@ -208,3 +218,23 @@ def find_study(name: str) -> Study:
         raise InputError(
             f"{file} is not a study ({type(error).__name__}: {error}). See `sweep new` for one."
         ) from error
+
+
+def search_of(study: Study) -> dict[str, Any]:
+    """What a study says of its search, by the names of SearchConfig."""
+    settings = dict(study.train)
+    own = {"steps": settings.pop("steps")} if "steps" in settings else {}
+    return own | {"space": study.space, "train": settings, "fold": study.folds[0], "study": study.name} | study.search
+
+
+def search_of_sweep(config: SweepConfig, study: Study) -> SearchConfig:
+    """The search of a study with a space, with what was given to `sweep run`. InputError for what a search has not."""
+    if len(config.folds) + len(config.train_seeds) > 2 or config.variants:
+        raise InputError(
+            f"{study.name} has a [space], so it is a search: of one fold and one seed of training, without --variants."
+        )
+    names = set(SearchConfig.model_fields) & config.model_fields_set - {"study", "train", "seeds"}
+    given = search_of(study) | {name: getattr(config, name) for name in names}
+    train = given["train"] | config.train
+    steps = {"steps": train.pop("steps")} if "steps" in train else {}
+    return SearchConfig(**given | steps | {"train": train, "fold": config.folds[0], "seed": config.train_seeds[0]})

@@ -42,6 +42,20 @@ class EvaluateResult:
     protocol: str
     store: str
 
+    def title(self, config: EvaluateConfig) -> str:
+        """What was evaluated on what."""
+        return f"{self.method}, fold {config.fold}, {config.classes} classes of {config.split}"
+
+    def summary(self, config: EvaluateConfig) -> str:
+        """The result in a sentence."""
+        spread = f" +- {self.std:.2f}" if config.seeds > 1 else ""
+        return (
+            f"{config.ways}-way {config.shots}-shot, {config.prompt} prompts: mIoU {self.miou:.2f}{spread} over "
+            f"{config.seeds} seeds x {config.episodes} episodes, {self.classes_drawn} classes; "
+            f"95 % of resampled episodes {self.interval[0]:.2f} to {self.interval[1]:.2f}, "
+            f"FB-IoU {self.fb_iou:.2f}; protocol {config.protocol}, episodes {self.episodes_digest}"
+        )
+
 
 def evaluate(config: EvaluateConfig, on_progress: Callable[[int, int], None] | None = None) -> EvaluateResult:
     """Score one method on `seeds` x `episodes` episodes; `on_progress` gets (episodes done, of all).
