@@ -9,14 +9,13 @@ from pathlib import Path
 
 import typer
 
-from commands import bench, data, models, planning, prediction, serving, studies
+from commands import bench, data, models, planning, prediction, studies
 
-PARTS = (data, models, studies, planning, prediction, serving)
+PARTS = (data, models, studies, planning, prediction, bench)
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
 for part in PARTS:
     app.add_typer(part.app)
 app.add_typer(studies.sweep_app, name="sweep")
-app.add_typer(bench.app, name="bench")
 
 if __name__ == "__main__":
     app(prog_name=Path(sys.argv[0]).name)

@@ -1,26 +1,27 @@
-"""What the verbs share: options, the console, and how mistakes are told."""
+"""From typed settings to the options of a verb, from experiment files to settings; and how mistakes are told."""
 
+import inspect
 import os
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, get_args
 
+import annotated_types
 import typer
 from pydantic import ValidationError
+from pydantic_core import PydanticUndefined
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from la.errors import InputError
-from pipelines.remote_path import path_or_uri
+from la.errors import Diverged, InputError
+from pipelines.config import RECIPES, Settings, TrainConfig, closest, entry_type, fields_of, panel_of, plain_type
+from pipelines.experiment_file import as_file, as_text, assignment, flag_of, read_settings
+from pipelines.remote_path import RemotePath, path_or_uri
 from pipelines.training.stop import Stopped
 
 console = Console()
-
-WORKSPACE = Path("workspace")
-WorkspaceOption = Annotated[
-    Path, typer.Option("--workspace", envvar="LA_WORKSPACE", help="Folder of everything a study makes.")
-]
-StoreOption = Annotated[str | None, typer.Option("--store", help="Key of the feature store, if there are several.")]
 
 
 def _join(address: str | None) -> str | None:
@@ -35,81 +36,169 @@ AddressOption = Annotated[
     typer.Option(
         "--address",
         callback=_join,
+        rich_help_panel="Where",
         help="Ray cluster: auto, host:port, ray://host:10001, or local for a Ray of this job's own (the default; "
         "RAY_ADDRESS says it as well).",
     ),
 ]
-FoldOption = Annotated[int, typer.Option("--fold", help="COCO-20i fold, 0 to 3; its 20 classes stay unseen.")]
-FoldsOption = Annotated[str, typer.Option("--folds", help="COCO-20i folds, such as 0 or 0,1,2,3.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1; auto takes CUDA if there.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Torch threads of each process.")]
-RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Pairs of passes; the median counts.")]
-AlsoOption = Annotated[
-    list[Path] | None,
-    typer.Option(help="Workspace of another folder, featurized alike, to train on as well; may be given repeatedly."),
-]
-WaysOption = Annotated[int, typer.Option("--ways", min=1, help="Classes of an episode.")]
-ShotsOption = Annotated[int, typer.Option("--shots", min=1, help="Support images of each class.")]
-SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Sets of episodes; mean and std are over them.")]
-EpisodesOption = Annotated[int, typer.Option("--episodes", min=1, help="Episodes of each seed.")]
-PhotosOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--coco-dir", parser=path_or_uri, metavar="DIR", help="Where the photos are: a folder, or the URI of one."
+TRAINING_OPTIONS = {
+    "again": (bool, typer.Option("--again", help="Train anew what code from before has trained; the old is kept.")),
+    "keep": (bool, typer.Option("--keep", help="Take what code from before has trained as it is.")),
+    "register": (
+        str | None,
+        typer.Option(
+            "--register", metavar="NAME", help="Put the best model into MLflow's model registry by this name."
+        ),
     ),
-]
-CocoOption = Annotated[
-    Path,
-    typer.Option(
-        "--coco-dir", parser=path_or_uri, metavar="DIR", help="Folder or URI with annotations/, train2017/, val2017/."
+}
+FILE_OPTIONS = {
+    "config_file": (
+        Path | None,
+        typer.Option(
+            "--config", metavar="FILE", help="Settings in TOML, as --print-config prints; options win over it."
+        ),
     ),
-]
-BackboneOption = Annotated[str, typer.Option("--backbone", help="Any ViT of timm.")]
-WeightsOption = Annotated[
-    Path | None, typer.Option("--weights", help="Local weights in timm's names; default: timm's hub.")
-]
-SizeOption = Annotated[int, typer.Option("--image-size", help="Side in pixels that photos are resized to.")]
-BatchScaleOption = Annotated[
-    float,
-    typer.Option("--batch-scale", min=0.01, help="Times B in the recipe's (B, N, K); 0.5 halves memory and time."),
-]
-RecipeOption = Annotated[
-    Literal["small", "paper", "official", "hybrid"] | None,
-    typer.Option(
-        help="Training settings that belong together: for a few hundred photos (the default; of the hybrid preset, its "
-        "own), the paper's, the released."
+    "assigned": (
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any setting by its name, in a sweep any of training; may be given repeatedly.",
+        ),
     ),
-]
-LrOption = Annotated[float | None, typer.Option(help="Learning rate after warm-up; default: the recipe's.")]
-PromptOption = Annotated[
-    Literal["mask", "point", "box", "point_box", "mixed"],
-    typer.Option(help="Prompts on the supports; mixed: each instance a mask, points or a box."),
-]
-ProtocolOption = Annotated[
-    Literal["la", "hsnet", "pfenet", "panet", "large"],
-    typer.Option(help="How episodes are drawn and scored; numbers compare within one."),
-]
-ProtocolSeedsOption = Annotated[
-    int | None, typer.Option("--seeds", min=1, help="Sets of episodes; default: the protocol's.")
-]
-ProtocolEpisodesOption = Annotated[
-    int | None, typer.Option("--episodes", min=1, help="Of each seed; default: the protocol's.")
-]
-SupportsOption = Annotated[
-    Literal["fixed", "varied"],
-    typer.Option(help="K shots of every class, or 1 to K, where a photo of several classes counts for each."),
-]
+    "print_config": (bool, typer.Option("--print-config", help="Print all settings as a file for --config, and end.")),
+}
+
+
+def verb(
+    app: typer.Typer,
+    settings: type[Settings],
+    *,
+    name: str | None = None,
+    about: str | None = None,
+    without: Collection[str] = (),
+    defaults: Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None,
+    training: Collection[str] = (),
+    from_file: bool = False,
+    trains: bool = False,
+    goes_on: bool = False,
+) -> Callable:
+    """Register a function as a verb; its options are the fields of `settings`, then its own parameters.
+
+    It is called with the settings that were given and its own options. `without`: fields that are no options;
+    `defaults`: for this verb, where they differ from the settings' own, or what gives them, called with the verb's own
+    options; `training`: fields of TrainConfig that are options too, for the settings' field `train`; `from_file`: with
+    --config, --set and --print-config; `trains`: with --again, --keep and --register, which it gets as `how`;
+    `goes_on`: once stopped, the same command goes on.
+    """
+    known = defaults if isinstance(defaults, Mapping) else {}
+
+    def register(body: Callable) -> Callable:
+        own = [p for p in inspect.signature(body, eval_str=True).parameters.values() if p.name not in ("config", "how")]
+        hidden = callable(defaults)  # they are said elsewhere, in a file
+        options = [
+            option(settings, field, known.get(field), hidden) for field in fields_of(settings) if field not in without
+        ]
+        options += [option(TrainConfig, field) for field in training]
+        if trains:
+            options += [_parameter(field, *how) for field, how in TRAINING_OPTIONS.items()]
+        if from_file:
+            options += [_parameter(field, *how) for field, how in FILE_OPTIONS.items()]
+
+        def run(**given: Any) -> None:
+            with mistakes(goes_on):
+                mine = {each.name: given.pop(each.name) for each in own}
+                if trains:
+                    code = other_code(given.pop("again"), given.pop("keep"))
+                    mine["how"] = {"code": code, "register": given.pop("register")}
+                printing = given.pop("print_config", False)
+                base = defaults(**mine) if callable(defaults) else known
+                config = _assemble(settings, dict(base), given, training)
+                if printing:
+                    console.print(as_file(config), highlight=False, soft_wrap=True, markup=False)
+                else:
+                    body(config, **mine)
+
+        parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*options, *own)]
+        run.__signature__ = inspect.Signature(parameters)
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        app.command(name or body.__name__.replace("_", "-"), help=about or inspect.getdoc(body))(run)
+        return body
+
+    return register
+
+
+def option(settings: type[Settings], name: str, default: Any = None, hidden: bool = False) -> inspect.Parameter:
+    """The option of a field; None where it is not given, so that a file, a recipe or a protocol may decide."""
+    field, plain = settings.model_fields[name], plain_type(settings.model_fields[name].annotation)
+    default = field.default if default is None else default
+    about, flag = field.description, flag_of(settings, name)
+    if default not in (None, (), PydanticUndefined) and not hidden:
+        named = RECIPES.items() if settings is TrainConfig else ()
+        recipes = ", ".join(f"{recipe} {as_text(own[name])}" for recipe, own in named if name in own)
+        about += f" (default: {as_text(default)}{'; recipe ' * bool(recipes)}{recipes})"
+    how: dict[str, Any] = {"envvar": (field.json_schema_extra or {}).get("envvar")}
+    if plain is bool:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    elif entry_type(plain) is Path:
+        plain = list[Path]
+    elif plain in (int, float):
+        bounds = {type(bound): bound for bound in field.metadata}
+        how["min"] = getattr(bounds.get(annotated_types.Ge), "ge", None)
+        how["max"] = getattr(bounds.get(annotated_types.Le), "le", None)
+    elif RemotePath in get_args(plain):
+        plain, how = Path, how | {"parser": path_or_uri, "metavar": "DIR"}
+    elif entry_type(plain):
+        plain, how = str, how | {"metavar": "A,B,..."}
+    how |= {
+        "help": about,
+        "rich_help_panel": panel_of(settings, name),
+        "show_default": False,
+    }
+    return _parameter(name, plain, typer.Option(flag, **how), field.is_required())
+
+
+def _parameter(name: str, kind: Any, how: Any, required: bool = False) -> inspect.Parameter:
+    default = inspect.Parameter.empty if required else None
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind if required else kind | None, how],
+    )
+
+
+def _assemble(settings: type[Settings], defaults: dict, given: dict, training: Collection[str]) -> Settings:
+    """The settings of a verb: what is given by options wins over --set, that over the file, that over `defaults`."""
+    file, assigned = given.pop("config_file", None), given.pop("assigned", None) or []
+    values = defaults | (read_settings(file) if file else {})
+    named = {name: value for name, value in given.items() if value is not None and value != []}
+    nested = {name: named.pop(name) for name in training if name in named}
+    assignments = dict(assignment(each, TrainConfig if training else settings) for each in assigned)
+    if training:
+        train = values.get("train", {})
+        if not isinstance(train, dict):
+            raise InputError(f"train is {train!r} in {file}; expected a table of settings of training.")
+        return settings(**(values | named | {"train": train | assignments | nested}))
+    return settings(**(values | assignments | named))
 
 
 @contextmanager
-def mistakes(goes_on: bool = False):
-    """The user's mistakes are one message and exit code 2; Ctrl-C is 130, and says whether the command `goes_on`."""
+def mistakes(goes_on: bool = False) -> Iterator[None]:
+    """The user's mistakes are one message and exit code 2, a training that diverged 1; Ctrl-C is 130.
+
+    `goes_on`: whether the same command goes on where it was, which Ctrl-C is answered with.
+    """
+    # warnings are notes to the user, without the line of code they come from
+    warnings.showwarning = lambda message, *_, **__: Console(stderr=True).print(
+        "note:", message, style="yellow", markup=False
+    )
     try:
         yield
     except (InputError, ValidationError) as error:
-        told = str(error) if isinstance(error, InputError) else wrong_setting(error)
-        Console(stderr=True).print("error:", told, style="red", highlight=False, soft_wrap=True, markup=False)
-        raise typer.Exit(2) from error
+        message = str(error) if isinstance(error, InputError) else wrong_setting(error)
+        Console(stderr=True).print("error:", message, style="red", highlight=False, soft_wrap=True, markup=False)
+        raise typer.Exit(1 if isinstance(error, Diverged) else 2) from error
     except Stopped as stopped:
         Console(stderr=True).print(stopped, style="yellow", highlight=False, soft_wrap=True, markup=False)
         raise typer.Exit(stopped.exit_code) from None
@@ -119,10 +208,28 @@ def mistakes(goes_on: bool = False):
 
 
 def wrong_setting(error: ValidationError) -> str:
-    """A setting that its model refuses, by the flag's name."""
+    """A setting that its model refuses, by its option."""
     first = error.errors()[0]
-    flag = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "settings"
-    return f"{flag} is {first['input']!r}: {first['msg']}."
+    kind = next((kind for kind in _all_settings(Settings) if kind.__name__ == error.title), Settings)
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return f"{name} is not a setting of {kind.__name__}. Nearest: {closest(name, kind)}."
+    if not name:  # of several settings together
+        return first["msg"].removeprefix("Value error, ")
+    return f"{flag_of(kind, name)} is {first['input']!r}: {first['msg']}."
+
+
+def _all_settings(kind: type[Settings]) -> Iterator[type[Settings]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _all_settings(each)
+
+
+def other_code(again: bool | None, keep: bool | None) -> str:
+    """What becomes of results that other code made: ask, again or keep. InputError where both are asked for."""
+    if again and keep:
+        raise InputError("--again and --keep exclude each other: train anew, or take what is there.")
+    return "again" if again else "keep" if keep else "ask"
 
 
 def progress_bar(*fields: str) -> Progress:
@@ -133,23 +240,7 @@ def progress_bar(*fields: str) -> Progress:
     )
 
 
-def commas(values) -> str:
-    """(1, 2) as "1,2"."""
-    return ",".join(map(str, values))
-
-
-def of_recipe(recipe: str, scale: float, **given) -> dict:
-    """Fields of TrainConfig: the recipe, its batches times `scale`, and what is given in its path_or_uri."""
-    from pipelines.config import scaled_batches
-
-    return {"recipe": recipe, "batches": scaled_batches(recipe, scale)} | {
-        name: value for name, value in given.items() if value is not None
-    }
-
-
-def numbers(text: str, flag: str) -> list[int]:
-    """ "0,1,3" as integers; raises InputError naming the flag."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"{flag} is {text!r}; expected whole numbers such as 0,1,2.") from error
+def say(*lines: str) -> None:
+    """Print lines as they are, however long."""
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -7,135 +7,115 @@ from typing import Annotated
 
 import typer
 
-from commands.options import (
-    WORKSPACE,
-    AddressOption,
-    AlsoOption,
-    BatchScaleOption,
-    DeviceOption,
-    FoldOption,
-    FoldsOption,
-    LrOption,
-    ProtocolEpisodesOption,
-    ProtocolOption,
-    ProtocolSeedsOption,
-    RecipeOption,
-    StoreOption,
-    WorkspaceOption,
-    commas,
-    console,
-    mistakes,
-    numbers,
-    of_recipe,
-)
-from sweeps.studies.registry import STUDIES, tables_of
-from sweeps.study import Study
+from commands.options import AddressOption, console, mistakes, say, verb
+from la.errors import InputError
+from pipelines.config import SearchConfig, SweepConfig, WorkspaceSettings
+from sweeps.study import BUILT_IN, Study, find_study, search_of, search_of_sweep
 
 app = typer.Typer()
 sweep_app = typer.Typer(help="Sweeps on Ray Tune: many trainings and evaluations, one table.", no_args_is_help=True)
+# settings of training that are options; all others by --set
+COMMON = ("steps", "minutes", "recipe", "lr", "batch_scale", "dim", "also", "workers")
+OUTLINE = (
+    "Each variant is trained on each fold and evaluated on unseen classes. Killed and started again, the sweep goes on "
+    "where it was; a variant that fails does not lose the others. A setting that is given wins over what the study and "
+    "its recipes say, for every variant."
+)
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the trials, their number and hours, and end.")]
+TEMPLATE = Path(__file__).parent / "study_template.toml"
 
 
-ConcurrentOption = Annotated[
-    int | None, typer.Option(min=1, help="Trials at once; default: as many as CPUs and GPUs take.")
-]
-GpusOption = Annotated[float | None, typer.Option(min=0, help="GPUs of each trial; a fraction shares one.")]
-TrialWorkersOption = Annotated[
-    int, typer.Option("--workers", min=0, help="Ray Train workers of each training; 0: the trial trains alone.")
-]
-TrialThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="CPU threads of each trial or worker.")]
-TrackingOption = Annotated[str | None, typer.Option(help="An MLflow server; default: the workspace's.")]
-
-
-def add_study(study: Study) -> None:
+def add_study(name: str) -> None:
     """The verb `sweep <study>`: all studies have the same options, with defaults of their own."""
+    study = find_study(name)
+    names = ", ".join(variant.name for variant in study.variants)
 
-    def command(
-        folds: FoldsOption = commas(study.folds),
-        steps: Annotated[int, typer.Option(min=1, help="Training steps of each variant.")] = 2000,
-        minutes: Annotated[float | None, typer.Option(help="Stop each training after this long.")] = None,
-        recipe: RecipeOption = None,
-        lr: LrOption = None,
-        batch_scale: BatchScaleOption = 1.0,
-        dim: Annotated[int | None, typer.Option(help="Channels after the neck; default: the preset's.")] = None,
-        also: AlsoOption = None,
-        variants: Annotated[
-            str | None, typer.Option(help=f"Some of {commas(v.name for v in study.variants)}; default: all.")
-        ] = None,
-        protocol: ProtocolOption = "la",
-        seeds: ProtocolSeedsOption = None,
-        count: ProtocolEpisodesOption = None,
-        ways: Annotated[str, typer.Option(help="Ways of the evaluations.")] = commas(study.ways),
-        shots: Annotated[str, typer.Option(help="Shots of the evaluations.")] = commas(study.shots),
-        concurrent: ConcurrentOption = None,
-        address: AddressOption = None,
-        gpus: GpusOption = None,
-        workers: TrialWorkersOption = 0,
-        workspace: WorkspaceOption = WORKSPACE,
-        store: StoreOption = None,
-        device: DeviceOption = "auto",
-        threads: TrialThreadsOption = 1,
-        tracking_uri: TrackingOption = None,
-    ) -> None:
-        with mistakes(goes_on=True):
-            from pipelines.config import SweepConfig
-            from sweeps.runner import run_sweep
-
-            config = SweepConfig(
-                workspace=workspace.absolute(),
-                store=store,
-                study=study.name,
-                folds=numbers(folds, "--folds"),
-                variants=variants.split(",") if variants else None,
-                train={"steps": steps, "minutes": minutes, "dim": dim}
-                | of_recipe(recipe or "small", batch_scale, lr=lr)
-                | ({"also": [str(path.absolute()) for path in also]} if also else {})
-                | ({"workers": workers} if workers else {}),
-                ways=numbers(ways, "--ways"),
-                shots=numbers(shots, "--shots"),
-                prompts=study.prompts,
-                protocol=protocol,
-                seeds=seeds,
-                episodes=count,
-                concurrent=concurrent,
-                gpus=gpus,
-                device=device,
-                threads=threads,
-                tracking_uri=tracking_uri,
-            )
-            result = run_sweep(config, console, command=shlex.join(["python", *sys.argv]))
-            finish_sweep(result, tables_of(result))
-
-    outline = (
-        "Each variant is trained on each fold and evaluated on unseen classes. Killed and started again, the sweep "
-        "goes on where it was; a variant that fails does not lose the others."
+    @verb(
+        sweep_app,
+        SweepConfig,
+        name=name,
+        about=f"{study.about}\n\n{OUTLINE}\n\nVariants: {names}.",
+        defaults={"study": name} | study.evaluation(),
+        training=COMMON,
+        from_file=True,
+        trains=True,
+        goes_on=True,
     )
-    sweep_app.command(study.name, help=f"{study.about}\n\n{outline}")(command)
+    def command(
+        config: SweepConfig,
+        address: AddressOption = None,
+        dry_run: DryRunOption = False,
+        *,
+        how: dict,
+    ) -> None:
+        run_study(config, study, dry_run, **how)
 
 
-for each in STUDIES.values():
+for each in BUILT_IN:
     add_study(each)
 
 
-@sweep_app.command()
-def search(
-    trials: Annotated[int, typer.Option(min=1, help="Trials; with more, a search that ended goes on.")] = 30,
-    fold: FoldOption = 0,
-    presets: Annotated[str, typer.Option(help="Presets to choose from: paper, official, hybrid.")] = "paper,hybrid",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of a trial that is not stopped early.")] = 2000,
-    batch_scale: BatchScaleOption = 1.0,
-    val_episodes: Annotated[int, typer.Option(min=1, help="Episodes of seen classes of each validation.")] = 200,
-    also: AlsoOption = None,
-    seed: Annotated[int, typer.Option(help="Of the sampler and of every training.")] = 0,
-    concurrent: ConcurrentOption = None,
+def of_file(study: Path, **_: object) -> dict:
+    """What a study's file says of folds, seeds and tasks."""
+    return find_study(str(study)).evaluation() | {"study": str(study.absolute())}
+
+
+@verb(sweep_app, SweepConfig, name="run", defaults=of_file, training=COMMON, from_file=True, trains=True, goes_on=True)
+def run_file(
+    config: SweepConfig,
+    study: Annotated[Path, typer.Argument(help="A study: a .toml file, or a .py file whose study() returns the same.")],
     address: AddressOption = None,
-    gpus: GpusOption = None,
-    workers: TrialWorkersOption = 0,
-    workspace: WorkspaceOption = WORKSPACE,
-    store: StoreOption = None,
-    device: DeviceOption = "auto",
-    threads: TrialThreadsOption = 1,
-    tracking_uri: TrackingOption = None,
+    dry_run: DryRunOption = False,
+    *,
+    how: dict,
 ) -> None:
+    """A study of your own: variants by name, grids, folds and seeds of training from one file. `sweep new` writes one.
+
+    Options that are given win over the file.
+    """
+    run_study(config, find_study(str(study)), dry_run, **how)
+
+
+@sweep_app.command()
+def new(file: Annotated[Path, typer.Argument(help="The .toml file to write.")]) -> None:
+    """Write a study with comments, to be changed: then `sweep run FILE`."""
+    with mistakes():
+        if file.exists():
+            raise InputError(f"{file} is there already. Pass another name, or edit it.")
+        file.write_text(TEMPLATE.read_text())
+        say(f"study: {file}", f"look at its trials: python cli.py sweep run {shlex.quote(str(file))} --dry-run")
+
+
+def run_study(config: SweepConfig, study: Study, dry_run: bool, **how: str | None) -> None:
+    """Run a sweep or, of a study with a space, a search; or print what it would run. `how`: as of `run_sweep`."""
+    if study.space:
+        if how != {"code": "ask", "register": None}:
+            raise InputError(f"{study.name} has a [space], so it is a search: without --again, --keep and --register.")
+        run_searching(search_of_sweep(config, study), dry_run)
+        return
+    if dry_run:
+        from sweeps.forecast import forecast
+
+        table, lines = forecast(config, study, console)
+        console.print(table)
+        say(*lines)
+        return
+    from sweeps.paper_tables import tables_of
+    from sweeps.runner import run_sweep
+
+    result = run_sweep(config, console, command=shlex.join(["python", *sys.argv]), study=study, **how)
+    finish_sweep(result, tables_of(result))
+
+
+@verb(
+    sweep_app,
+    SearchConfig,
+    defaults=lambda **_: search_of(find_study("search")),
+    training=("batch_scale", "also", "workers", "preset"),
+    from_file=True,
+    goes_on=True,
+)
+def search(config: SearchConfig, address: AddressOption = None) -> None:
     """Search for settings: learning rate, weight decay, width, loss, mixture of prompts and preset.
 
     Optuna proposes each trial from what the earlier ones reached: mIoU on val photos of SEEN classes. The fold's unseen
@@ -151,32 +131,22 @@ def search(
 
     At the end: the trials, best first; which settings made the difference; and the best as a `train` command. In this
     workspace its training is finished already, so it returns at once and `evaluate` can follow. Repeat it with another
-    --fold or more --steps.
+    --fold or more --steps. A setting that is given is not searched; a study with a [space] of its own is `sweep run`.
     """
-    with mistakes(goes_on=True):
-        from pipelines.config import SearchConfig
-        from sweeps.search.search_run import run_search
+    run_searching(config)
 
-        config = SearchConfig(
-            workspace=workspace.absolute(),
-            store=store,
-            also=[path.absolute() for path in also or ()],
-            fold=fold,
-            presets=presets.split(","),
-            trials=trials,
-            steps=steps,
-            batch_scale=batch_scale,
-            val_episodes=val_episodes,
-            seed=seed,
-            workers=workers,
-            concurrent=concurrent,
-            gpus=gpus,
-            device=device,
-            threads=threads,
-            tracking_uri=tracking_uri,
-        )
-        result = run_search(config, console, command=shlex.join(["python", *sys.argv]))
-        finish_sweep(result, result.tables, result.best_command and f"the best settings:\n{result.best_command}")
+
+def run_searching(config: SearchConfig, dry_run: bool = False) -> None:
+    """Run a search, print its table and the best as a command; or what it would draw from."""
+    from sweeps.search.search_run import Search, run_search
+
+    if dry_run:
+        search = Search(config)
+        say(f"{search.name}: {config.trials} trials of at most {config.steps} steps on fold {config.fold}, drawn from")
+        say(*(f"  {name}: {space.model_dump(exclude_defaults=True)}" for name, space in config.spaces.items()))
+        return
+    result = run_search(config, console, command=shlex.join(["python", *sys.argv]))
+    finish_sweep(result, result.tables, result.best_command and f"the best settings:\n{result.best_command}")
 
 
 def finish_sweep(result, tables: list, after: str | None = None) -> None:
@@ -185,60 +155,55 @@ def finish_sweep(result, tables: list, after: str | None = None) -> None:
         console.print(table.rich())
     for trial, reason in result.failed.items():
         console.print(f"failed: {trial}: {reason.strip().splitlines()[-1]}", style="red", markup=False)
-    if after:
-        console.print(after, highlight=False, soft_wrap=True, markup=False)
-    console.print(f"tables: {result.folder}", highlight=False, soft_wrap=True)
-    console.print(f"compare the runs: python cli.py ui --workspace {result.config.workspace}", soft_wrap=True)
+    say(
+        *([after] if after else []),
+        f"tables: {result.folder}",
+        f"compare the runs: python cli.py ui --workspace {result.config.workspace}",
+    )
     if result.failed or result.interrupted:
         raise typer.Exit(1)
 
 
-@app.command()
+@verb(app, WorkspaceSettings)
 def report(
+    config: WorkspaceSettings,
     out: Annotated[Path | None, typer.Option(help="The file to write; default: report.html in the workspace.")] = None,
-    workspace: WorkspaceOption = WORKSPACE,
 ) -> None:
     """One HTML file with the paper's tables beside what this workspace measured, plots, curves and a gallery.
 
     Nothing is run again. An empty cell says which command fills it.
     """
-    with mistakes():
-        from sweeps.report.page_of_tables import write_report
+    from sweeps.report.page_of_tables import write_report
 
-        path = write_report(workspace.absolute(), out or workspace.absolute() / "report.html")
-        console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    say(f"report: {write_report(config.workspace, out or config.workspace / 'report.html')}")
 
 
-@app.command()
+@verb(app, WorkspaceSettings, defaults={"workspace": Path("demo-workspace")}, goes_on=True)
 def demo(
-    workspace: Annotated[Path, typer.Option("--workspace", help="Folder of everything the demo makes.")] = Path(
-        "demo-workspace"
-    ),
+    config: WorkspaceSettings,
     smallest: Annotated[
         bool, typer.Option("--smallest", help="Run the line in a minute; its scores say nothing.")
     ] = False,
     address: AddressOption = None,
 ) -> None:
     """The whole line on scenes drawn on the spot, without a download: about six minutes on two cores."""
-    with mistakes(goes_on=True):
-        from sweeps.demo import SMALLEST, run_demo
+    from sweeps.demo import SMALLEST, run_demo
+    from sweeps.paper_tables import tables_of
 
-        result, pictures = run_demo(workspace.absolute(), console, SMALLEST if smallest else None)
-        console.rule("done")
-        for picture in pictures:
-            console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
-        finish_sweep(result, tables_of(result))
+    result, pictures = run_demo(config.workspace, console, SMALLEST if smallest else None)
+    console.rule("done")
+    say(*(f"picture: {picture}" for picture in pictures))
+    finish_sweep(result, tables_of(result))
 
 
-@app.command()
+@verb(app, WorkspaceSettings)
 def ui(
+    config: WorkspaceSettings,
     port: Annotated[int, typer.Option(help="Port on localhost.")] = 5000,
     host: Annotated[str, typer.Option(help="Address to listen at; only this machine by default.")] = "127.0.0.1",
-    workspace: WorkspaceOption = WORKSPACE,
 ) -> None:
     """Open the MLflow UI on this workspace."""
-    with mistakes():
-        from pipelines.tracking.mlflow_runs import serve_ui
-        from pipelines.workspace import Workspace
+    from pipelines.tracking.mlflow_runs import serve_ui
+    from pipelines.workspace import Workspace
 
-        serve_ui(Workspace(workspace), host, port)
+    serve_ui(Workspace(config.workspace), host, port)

@@ -1,4 +1,4 @@
-"""The one error that is the user's to fix."""
+"""The errors that are the user's to fix."""
 
 
 class InputError(ValueError):
@@ -7,6 +7,10 @@ class InputError(ValueError):
     The message names what is at fault, what was found, what was expected and what to do next. The command line prints
     it alone, without a traceback, and exits with code 2.
     """
+
+
+class Diverged(InputError):
+    """Training came to a loss or a gradient that is not finite; what to change is the user's choice."""
 
 
 class TooFewImages(InputError):

@@ -15,6 +15,7 @@ from pipelines.store.reader import FeatureStore
 from pipelines.workspace import Workspace
 from sweeps.results import SweepResult
 from sweeps.runner import run_sweep
+from sweeps.study import find_study
 
 BACKBONE, IMAGE_SIZE = "vit_demo_patch8_128", 128
 WEIGHTS = BUNDLED_WEIGHTS[BACKBONE]
@@ -37,9 +38,14 @@ class DemoSize:
 
     @property
     def train(self) -> dict:
-        """Fields of TrainConfig."""
-        names = ("dim", "steps", "batches", "train_batches", "lr", "val_episodes")
+        """Settings of every training."""
+        names = ("steps", "train_batches", "val_episodes")
         return {name: getattr(self, name) for name in names} | {"warmup_steps": 50, "val_every": 250}
+
+    @property
+    def of_la(self) -> dict:
+        """Settings of LA's trainings; the hybrid has its own."""
+        return {name: getattr(self, name) for name in ("dim", "batches", "lr")}
 
 
 SMALLEST = DemoSize(80, 48, 32, 20, ((2, 1, 1), (2, 2, 1)), 20, 1e-3, 5, 1, 5)  # for tests of the line, not its result
@@ -61,7 +67,7 @@ def run_demo(root: Path, console: Console, size: DemoSize | None = None) -> tupl
     )
     say("3. episodes: fold 0, 20 classes stay unseen")
     store = FeatureStore(made.store)
-    train = TrainConfig(workspace=workspace.root, store=store.key, **size.train)
+    train = TrainConfig(workspace=workspace.root, store=store.key, **size.train, **size.of_la)
     shards = ensure_episodes(training_plan(train), store)
     console.print(f"{shards.manifest['episodes']} training episodes of {len(shards.manifest['classes_drawn'])} classes")
     say("4. sweep: four variants of the heads, the hybrid and the training-free prototype, in parallel on Ray")
@@ -69,11 +75,16 @@ def run_demo(root: Path, console: Console, size: DemoSize | None = None) -> tupl
         workspace=workspace.root,
         store=store.key,
         variants=("complete", "no_spatial_convs", "no_mixer", "no_token_pool", "hybrid", "prototype"),
-        train=size.train,
         seeds=size.seeds,
         episodes=size.episodes,
     )
-    result = run_sweep(sweep, console, command=f"python cli.py demo --workspace {workspace.root}")
+    study = find_study("ablations")
+    variants = tuple(
+        v if v.settings.get("preset") == "hybrid" else v.model_copy(update={"defaults": size.of_la})
+        for v in study.variants
+    )
+    study = study.model_copy(update={"train": size.train, "variants": variants})
+    result = run_sweep(sweep, console, command=f"python cli.py demo --workspace {workspace.root}", study=study)
     if "complete/fold0" not in result.results:
         return result, []
     la = EvaluateConfig(

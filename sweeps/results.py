@@ -9,7 +9,7 @@ from pydantic import Field
 from la.errors import InputError
 from pipelines.config import Prompt, Settings, SweepConfig
 from pipelines.workspace import digest
-from sweeps.study import Variant, task_title
+from sweeps.study import Study, Variant, task_title
 
 
 class Score(Settings):
@@ -27,6 +27,8 @@ class Score(Settings):
     episodes_digest: str
     classes_drawn: int
     method: str
+    # mIoU of 1,000 resamples of the episodes, of which two methods on the same episodes have the same draws
+    resampled: tuple[float, ...] = ()
 
 
 class FoldResult(Settings):
@@ -34,6 +36,7 @@ class FoldResult(Settings):
 
     variant: str
     fold: int
+    train_seed: int = 0
     finished: bool = False
     stopped_early: bool = False  # by a search, before the last step
     step: int = 0  # training steps done
@@ -43,6 +46,7 @@ class FoldResult(Settings):
     scores: tuple[Score, ...] = ()
     impossible: dict[str, str] = Field(default_factory=dict)  # tasks for which there are too few images -> why
     seconds: float = 0.0
+    code: str | None = None  # digests of the code that trained it
 
     def score(self, ways: int, shots: int, prompt: str) -> Score | None:
         return next((s for s in self.scores if (s.ways, s.shots, s.prompt) == (ways, shots, prompt)), None)
@@ -55,15 +59,26 @@ class FoldResult(Settings):
 
 @dataclass(frozen=True)
 class SweepResult:
-    """How a sweep ended; trials are named `variant/foldN`."""
+    """How a sweep ended; trials are named `variant/foldN`, with several seeds of training `variant/foldN/seedS`."""
 
     config: SweepConfig
     name: str
     folder: Path  # result files and tables
-    variants: tuple[Variant, ...]
+    study: Study
+    variants: tuple[Variant, ...]  # those that were run
     results: dict[str, FoldResult]  # finished trials
     failed: dict[str, str]  # trial -> error, its last line the message
     interrupted: bool  # stopped by Ctrl-C before every trial ended
+
+    def by_seed(self, variant: str, fold: int, ways: int, shots: int, prompt: str) -> dict[int, Score]:
+        """Seed of training -> a variant's score on one task and fold, of those that are finished."""
+        trials = sorted(self.results.values(), key=lambda trial: trial.train_seed)
+        mine = [trial for trial in trials if (trial.variant, trial.fold) == (variant, fold)]
+        return {trial.train_seed: score for trial in mine if (score := trial.score(ways, shots, prompt))}
+
+    def scores(self, variant: str, fold: int, ways: int, shots: int, prompt: str) -> list[Score]:
+        """A variant's scores on one task and fold, of each seed of training that is finished."""
+        return list(self.by_seed(variant, fold, ways, shots, prompt).values())
 
 
 def task_name(ways: int, shots: int, prompt: str) -> str:

@@ -26,13 +26,16 @@ from rich.console import Console
 from la.errors import InputError
 from pipelines.cluster import ray_session, wait_for
 from pipelines.config import SweepConfig, TrialPlacement
+from pipelines.runs.code import code_now
 from pipelines.tracking.mlflow_runs import Tracker
+from pipelines.training.resume import OtherCode
 from pipelines.workspace import Workspace, locked, write_text
 from sweeps.display import SweepDisplay
+from sweeps.paper_tables import tables_of
 from sweeps.plan import plan_sweep
 from sweeps.records import SweepRuns
-from sweeps.results import FoldResult, SweepResult, describe_error
-from sweeps.studies.registry import tables_of
+from sweeps.results import FoldResult, SweepResult, describe_error, read_result
+from sweeps.study import Study
 from sweeps.trial import Report, TrialSpec, finished, run_trial
 
 Trainable = Callable[[TrialSpec, Report], FoldResult]
@@ -54,46 +57,74 @@ def run_sweep(
     console: Console | None = None,
     trainable: Trainable = run_trial,
     command: str | None = None,
+    study: Study | None = None,
+    code: OtherCode = "ask",
+    register: str | None = None,
 ) -> SweepResult:
     """Run what is not finished, log to MLflow, write the tables as CSV; progress goes to `console`.
 
     A trial that fails is in `failed` and costs no other; the next start tries it again. Ctrl-C ends the sweep with what
     it has. Uses the running Ray, the cluster of RAY_ADDRESS, or starts one here; on several machines the workspace and
     the checkout have to lie on storage they share. `trainable` runs in a worker and has to write `job.file`.
-    `command` is what was typed, for the report to name.
+    `command` is what was typed, for the report to name; `study` is taken in place of that which `config` names.
+    `code`: whether trials that other code trained are trained again or kept; by itself a sweep does not mix codes.
+    `register` names the best model in the model registry.
 
     Raises InputError for settings that cannot be met and for a sweep that runs already.
     """
-    plan = plan_sweep(config)
+    plan = plan_sweep(config, study)
     with locked(plan.folder, wait=False):
         settings = config.model_copy(update={"store": plan.store.key}).model_dump(mode="json")
-        write_text(plan.folder / "sweep.json", json.dumps({"command": command, "config": settings}, indent=1))
-        results = {job.name: result for job in plan.jobs if (result := finished(job))}
+        content = {"command": command, "config": settings, "study": plan.study.model_dump(mode="json")}
+        write_text(plan.folder / "sweep.json", json.dumps(content, indent=1))
+        results = settle_codes({job.name: job for job in plan.jobs}, code)
         todo = [job for job in plan.jobs if job.name not in results]
         failed: dict[str, str] = {}
         logged = config.model_dump(mode="json", exclude={"workspace", "train", "tracking_uri"}) | config.train
-        runs = SweepRuns(Tracker(Workspace(config.workspace), config.tracking_uri), config.study, plan, logged)
+        runs = SweepRuns(Tracker(Workspace(config.workspace), config.tracking_uri), plan.study.name, plan, logged)
         try:
             if todo:
                 by_name = {job.name: job for job in todo}
 
                 def work(settings: dict, report: Report) -> FoldResult:
-                    return trainable(by_name[settings["trial"]], report)
+                    job = by_name[settings["trial"]]
+                    return trainable(job, report) if code == "ask" else trainable(job, report, code=code)
 
                 with SweepDisplay(console, len(plan.jobs), len(results)) as display:
-                    workers = config.train.get("workers", 0)
+                    workers = max((job.train.workers for job in plan.jobs if job.train), default=0)
                     failed = run_trials(config, workers, plan.folder, work, by_name, [runs, display])
             results = {job.name: result for job in plan.jobs if (result := finished(job))}
             interrupted = any(job.name not in results and job.name not in failed for job in plan.jobs)
-            outcome = SweepResult(config, plan.name, plan.folder, plan.variants, results, failed, interrupted)
+            outcome = SweepResult(
+                config, plan.name, plan.folder, plan.study, plan.variants, results, failed, interrupted
+            )
             tables = tables_of(outcome)
             for table in tables:
                 (plan.folder / f"{table.name}.csv").write_text(table.csv())
-            runs.close(results, tables)
+            runs.close(results, tables, register)
             return outcome
         except BaseException:
             runs.abort()
             raise
+
+
+def settle_codes(jobs: Mapping[str, TrialSpec], code: OtherCode) -> dict[str, FoldResult]:
+    """The results that are there and count. With "again", those that other code trained are deleted.
+
+    Raises InputError with "ask" where there are such.
+    """
+    results = {name: result for name, job in jobs.items() if (result := read_result(job.file))}
+    others = [name for name, result in results.items() if result.code and result.code != code_now().digest]
+    if others and code == "ask":
+        codes = ", ".join(sorted({str(results[name].code) for name in others}))
+        raise InputError(
+            f"{len(others)} of {len(jobs)} trials were trained by code {codes}, the code is now {code_now().digest}: "
+            "one table would mix them. Pass --again to train them anew, or --keep to take them, marked in the table."
+        )
+    for name in others if code == "again" else ():
+        jobs[name].file.unlink()
+        del results[name]
+    return {name: result for name, result in results.items() if result.finished}
 
 
 def run_trials(

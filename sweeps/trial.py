@@ -6,7 +6,9 @@ Imported by the sweep's workers, so nothing here loads MLflow or Ray.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from la.errors import TooFewImages
 from pipelines.config import EvaluateConfig, TrainConfig
@@ -27,6 +29,7 @@ class TrialSpec:
     # of `la`: without the checkpoint, which training gives; none in a search, which trains alone
     evaluations: tuple[EvaluateConfig, ...]
     file: Path  # where the result goes
+    seeded: bool = False  # whether its sweep has several seeds of training
 
     @property
     def fold(self) -> int:
@@ -34,23 +37,34 @@ class TrialSpec:
 
     @property
     def name(self) -> str:
-        return f"{self.variant.name}/fold{self.fold}"
+        return trial_name(self.variant.name, self.fold, self.train.seed if self.train and self.seeded else None)
+
+
+def trial_name(variant: str, fold: int, train_seed: int | None = None) -> str:
+    """Such as complete/fold0, or complete/fold0/seed1."""
+    return f"{variant}/fold{fold}" + ("" if train_seed is None else f"/seed{train_seed}")
 
 
 def run_trial(
-    job: TrialSpec, report: Report, train: Callable | None = None, evaluate: Callable | None = None
+    job: TrialSpec,
+    report: Report,
+    train: Callable | None = None,
+    evaluate: Callable | None = None,
+    code: Literal["ask", "again", "keep"] = "ask",
 ) -> FoldResult:
     """Train (or go on, or find it finished), evaluate what is not evaluated yet, write `job.file` whole each time.
 
     `report` gets {"phase": "train", **training's reports} and {"phase": "evaluate", "done": episodes, "of": episodes}.
-    `train` and `evaluate` default to the pipelines'; errors of either pass through.
+    `train` and `evaluate` default to the pipelines', `code` as in `train` there; errors of either pass through.
     """
     if train is None and job.train:
-        from pipelines.training.run import train
+        from pipelines.training.run import train as trains
+
+        train = partial(trains, code=code)
     if evaluate is None:
         from pipelines.evaluation.evaluate import evaluate
     started = time.monotonic()
-    result = FoldResult(variant=job.variant.name, fold=job.fold)
+    result = FoldResult(variant=job.variant.name, fold=job.fold, train_seed=job.train.seed if job.train else 0)
     if job.train:
         trained = train(job.train, lambda metrics: report({"phase": "train", **metrics}))
         result = result.model_copy(
@@ -58,6 +72,7 @@ def run_trial(
                 "step": trained.step,
                 "run_dir": trained.run_dir,
                 "checkpoint": trained.checkpoint,
+                "code": trained.code,
                 "training": {k: v for k, v in trained.metrics.items() if v is not None},
             }
         )

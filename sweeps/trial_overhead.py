@@ -21,9 +21,9 @@ def bench_sweep(store: Path, trials: int = 8) -> BenchResult:
     of the worker process. Nothing is left in the workspace of `store`.
     """
     from sweeps.runner import run_sweep
-    from sweeps.studies.registry import STUDIES
+    from sweeps.study import find_study
 
-    names = [variant.name for variant in STUDIES["ablations"].variants if variant.trained]
+    names = [variant.name for variant in find_study("ablations").variants if variant.trained]
     with tempfile.TemporaryDirectory() as folder:
         config = SweepConfig(
             workspace=workspace_beside(store, Path(folder)),

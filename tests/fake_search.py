@@ -14,15 +14,22 @@ from types import SimpleNamespace
 
 from fake_sweep import fake_store
 
-from pipelines.config import SearchConfig, TrainConfig
-from pipelines.workspace import Workspace
+from pipelines.config import SearchConfig, SettingSpace, TrainConfig
+from pipelines.runs.identity import run_dir_of, run_name
+from sweeps.study import find_study
 
 STEPS, TRIALS = 60, 6
+TRAINING = ("also", "batch_scale", "workers")
 
 
 def fake_config(workspace: Path, **changes: object) -> SearchConfig:
     fake_store(workspace)
-    return SearchConfig(workspace=workspace, **({"steps": STEPS, "trials": TRIALS} | changes))
+    study, train = find_study("search"), {name: changes.pop(name) for name in TRAINING if name in changes}
+    space = dict(study.space)
+    if "presets" in changes:
+        space["preset"] = SettingSpace(values=changes.pop("presets"))
+    how = {"steps": STEPS, "trials": TRIALS, "space": space, "train": train}
+    return SearchConfig(workspace=workspace, **(how | changes))
 
 
 def quality(config: TrainConfig) -> float:
@@ -35,9 +42,11 @@ def fake_train(config: TrainConfig, on_report) -> SimpleNamespace:
     for step in range(config.val_every, config.steps + 1, config.val_every):
         seen = quality(config) * (0.5 + 0.5 * step / config.steps)
         on_report({"step": step, "loss": 1 / step, "lr": config.lr, "episodes_per_s": 5.0, "seen_miou": seen})
-    run_dir = Workspace(config.workspace).runs / config.run_name
+    run_dir = run_dir_of(config)
     metrics = {"seen_miou": quality(config), "train_seconds": 1.0}
-    return SimpleNamespace(run_dir=run_dir, checkpoint=run_dir / "best.pt", step=config.steps, metrics=metrics)
+    return SimpleNamespace(
+        run_dir=run_dir, checkpoint=run_dir / "best.pt", step=config.steps, metrics=metrics, code=None
+    )
 
 
 def main(workspace: Path, round_: int) -> None:
@@ -51,7 +60,7 @@ def main(workspace: Path, round_: int) -> None:
         if "mlflow" in sys.modules:
             raise RuntimeError("a worker has no need of MLflow")
         with open(calls, "a") as log:
-            log.write(f"{round_} {config.run_name}\n")
+            log.write(f"{round_} {run_name(config)}\n")
         while round_ == 1 and len(calls.read_text().splitlines()) > 3:
             time.sleep(0.1)
         return fake_train(config, on_report)

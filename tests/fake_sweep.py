@@ -13,7 +13,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+
 from pipelines.config import EvaluateConfig, SweepConfig, TrainConfig
+from pipelines.runs.identity import run_dir_of
 from pipelines.store.reader import StoreInfo, StoreSettings
 from pipelines.workspace import Workspace
 
@@ -52,7 +55,7 @@ def fake_config(workspace: Path, **changes: object) -> SweepConfig:
 
 def fake_train(config: TrainConfig, on_report) -> SimpleNamespace:
     """Reports and writes a curve like the real one, without a model."""
-    run_dir = Workspace(config.workspace).runs / config.run_name
+    run_dir = run_dir_of(config)
     run_dir.mkdir(parents=True, exist_ok=True)
     curve = [{"step": s, "loss": 1 / s, "lr": 1e-4, "episodes_per_s": 5.0} for s in range(10, config.steps + 1, 10)]
     curve[-1]["seen_miou"] = 20.0
@@ -60,7 +63,9 @@ def fake_train(config: TrainConfig, on_report) -> SimpleNamespace:
         on_report(point)
     (run_dir / "curve.jsonl").write_text("".join(json.dumps(point) + "\n" for point in curve))
     metrics = {"seen_miou": 21.0, "train_seconds": 1.0}
-    return SimpleNamespace(run_dir=run_dir, checkpoint=run_dir / "best.pt", step=config.steps, metrics=metrics)
+    return SimpleNamespace(
+        run_dir=run_dir, checkpoint=run_dir / "best.pt", step=config.steps, metrics=metrics, code=None
+    )
 
 
 def fake_evaluate(config: EvaluateConfig, on_progress) -> SimpleNamespace:
@@ -72,6 +77,7 @@ def fake_evaluate(config: EvaluateConfig, on_progress) -> SimpleNamespace:
         interval=(miou - 1, miou + 1),
         fb_iou=60.0,
         method="paper@10",
+        resampled=tuple(np.linspace(miou - 1, miou + 1, 5)),
         per_seed=[miou - 0.5, miou + 0.5],
         per_class={"cat": miou, "dog": 0.0},
         episodes_digest=f"{config.fold}-{config.ways}-{config.shots}-{config.prompt}",
@@ -80,8 +86,8 @@ def fake_evaluate(config: EvaluateConfig, on_progress) -> SimpleNamespace:
 
 
 def main(workspace: Path, round_: int) -> None:
+    from sweeps.paper_tables import tables_of
     from sweeps.runner import run_sweep
-    from sweeps.studies.registry import tables_of
     from sweeps.trial import run_trial
 
     calls = workspace / "calls.log"

@@ -1,27 +1,13 @@
 """The plan's arithmetic, the probes that feed it, and both against small real runs."""
 
-import dataclasses
-
 import pytest
 from typer.testing import CliRunner
 
 import cli
 from la.data.coco import find_splits, load_coco
 from la.errors import InputError
-from pipelines.bench.cost import (
-    Cluster,
-    Training,
-    TrainRates,
-    bytes_per_image,
-    images_per_step,
-    plan_featurizing,
-    plan_sweep,
-    plan_training,
-    rates_of_steps,
-    store_bytes,
-)
+from pipelines.bench.cost import Cluster, Job, Rates, bytes_per_image, images_per_step, job_of, store_bytes
 from pipelines.bench.rates import (
-    Stopwatch,
     feature_shape,
     made_up_store,
     measure_featurizing,
@@ -39,17 +25,23 @@ from tests.conftest import TINY
 from tools.plan_check.rehearsal import Compared, check_workspace, rehearse
 
 FEATURES = bytes_per_image((30, 30), 768, "float16")
+COCO = store_bytes(123_287, FEATURES)
 SMALL = ((2, 1, 1), (1, 2, 1))
+PHOTOS = images_per_step(PAPER_BATCHES)
 
 
-def training(steps: int = 1000, step_seconds: float = 0.1, **other) -> Training:
-    return Training(PAPER_BATCHES, steps, 250, 100, TrainRates(step_seconds), **other)
+def cluster(store: int = 10**9, read_mb: float = 1000, **other) -> Cluster:
+    return Cluster(FEATURES, store, read_mb, **other)
+
+
+def steps(count: int = 1000, step_seconds: float = 0.1, evaluating: float = 0.0) -> Job:
+    return Job(count * step_seconds, count * PHOTOS, beside=0.0, evaluating=evaluating)
 
 
 def test_bytes_are_those_of_coco_at_the_papers_setting():
     assert FEATURES == 30 * 30 * 768 * 2 == 1_382_400
     assert bytes_per_image((30, 30), 768, "int8") == 30 * 30 * (768 + 2)
-    assert store_bytes(123_287, FEATURES) == pytest.approx(170.7e9, rel=1e-3)
+    assert pytest.approx(170.7e9, rel=1e-3) == COCO
     assert bytes_per_image((30, 30), 768, "int8") <= 0.52 * FEATURES
 
 
@@ -59,83 +51,51 @@ def test_a_step_reads_queries_and_supports_of_the_mean_batch():
 
 
 def test_memory_that_holds_the_store_leaves_compute_as_the_bottleneck():
-    store = store_bytes(10_000, FEATURES)
-    stage = plan_training("x", [training()], FEATURES, store, Cluster(read_mb=1, ram_gb=64))
+    stage = cluster(store_bytes(10_000, FEATURES), read_mb=1).train("x", [steps()])
     assert stage.bottleneck == "compute"
     assert stage.hours * 3600 == pytest.approx(100)
 
 
 def test_a_store_larger_than_memory_waits_for_the_disk():
-    store = store_bytes(123_287, FEATURES)
-    cluster = Cluster(read_mb=100, workers=8, nodes=2, ram_gb=64)
-    stage = plan_training("x", [training()], FEATURES, store, cluster)
-    missed = images_per_step(PAPER_BATCHES) * FEATURES * (1 - 0.8 * 64e9 / store)
+    stage = cluster(COCO, read_mb=100, workers=8, nodes=2).train("x", [steps()])
+    missed = PHOTOS * FEATURES * (1 - 0.8 * 64e9 / COCO)
     assert stage.hours * 3600 == pytest.approx(1000 * 4 * missed / 100e6)
     assert stage.bottleneck.startswith("disk: 64 GB of memory cache 30 %")
-    twice = plan_training("x", [training()], FEATURES, store, dataclasses.replace(cluster, read_mb=200))
+    twice = cluster(COCO, read_mb=200, workers=8, nodes=2).train("x", [steps()])
     assert twice.hours == pytest.approx(stage.hours / 2)
 
 
 def test_the_rate_of_a_node_is_what_its_workers_take_together():
-    cluster = Cluster(read_mb=1e5, workers=8, nodes=2, ram_gb=1000)
-    stage = plan_training("x", [training(step_seconds=0.05)], FEATURES, 10**9, cluster)
-    assert stage.read_mb == pytest.approx(4 * images_per_step(PAPER_BATCHES) * FEATURES / 0.05 / 1e6)
+    stage = cluster(read_mb=1e5, workers=8, nodes=2).train("x", [steps(step_seconds=0.05)])
+    assert stage.read_mb == pytest.approx(4 * PHOTOS * FEATURES / 0.05 / 1e6)
 
 
 def test_featurizing_is_bound_by_compute_or_by_writing():
-    cluster = Cluster(read_mb=1000, workers=4)
-    assert plan_featurizing(3600, FEATURES, 0.25, cluster).hours == pytest.approx(1.0)
-    fast = plan_featurizing(3600, FEATURES, 1e6, cluster)
+    assert cluster(workers=4).featurize(3600, 0.25).hours == pytest.approx(1.0)
+    fast = cluster(workers=4).featurize(3600, 1e6)
     assert fast.hours * 3600 == pytest.approx(3600 * FEATURES / 1e9)
     assert fast.bottleneck.startswith("disk")
 
 
 def test_a_sweep_is_shared_out_and_no_faster_than_its_longest_trial():
-    trials = [training(), training(), training(steps=2000)]
-    assert plan_sweep("x", trials, FEATURES, 10**9, Cluster(read_mb=1000, workers=2)).hours * 3600 == pytest.approx(200)
-    assert plan_sweep("x", trials, FEATURES, 10**9, Cluster(read_mb=1000)).hours * 3600 == pytest.approx(400)
-    judged = [
-        dataclasses.replace(t, rates=TrainRates(0.1, evaluate_seconds={(1, 1): 1}), val_episodes=0) for t in trials
-    ]
-    judged = [dataclasses.replace(t, tasks=(((1, 1), 500),)) for t in judged]
-    stage = plan_sweep("x", judged, FEATURES, 10**9, Cluster(read_mb=1000))
+    trials = [steps(), steps(), steps(2000)]
+    assert cluster(workers=2).train("x", trials, at_once=2).hours * 3600 == pytest.approx(200)
+    assert cluster(workers=3).train("x", trials, at_once=3).hours * 3600 == pytest.approx(200)
+    assert cluster().train("x", trials).hours * 3600 == pytest.approx(400)
+    stage = cluster().train("x", [job._replace(evaluating=500) for job in trials])
     assert stage.hours * 3600 == pytest.approx(400 + 3 * 500)
     assert "evaluation" in stage.bottleneck
 
 
-def test_validations_and_drawing_are_part_of_training():
-    rates = TrainRates(0.1, start_seconds=5, draw_seconds=0.01, evaluate_seconds={(1, 1): 0.5})
-    whole = Training(PAPER_BATCHES, 600, 250, 100, rates, drawn=300)
-    # 600 steps, 300 episodes drawn, three validations: at 250, 500 and the end
-    assert whole.seconds(FEATURES, 10**9, Cluster(read_mb=1000)) == pytest.approx(60 + 5 + 3 + 3 * 100 * 0.5)
-
-
-def test_steps_go_with_their_photos_where_classes_have_few():
-    full = images_per_step(PAPER_BATCHES)
-    rates = TrainRates(0.1).with_photos(full / 2, PAPER_BATCHES)
-    few = Training(PAPER_BATCHES, 100, 250, 0, rates, photos=full / 2)
-    cluster = Cluster(read_mb=1e-6 * full * FEATURES, ram_gb=1e-9)  # a second for the photos of a whole step
-    assert few.step_seconds(FEATURES, 10**12, cluster) == pytest.approx((0.05, 0.5), rel=1e-3)
-
-
-def test_every_evaluation_starts_once():
-    rates = TrainRates(1, evaluate_seconds={(1, 1): 0.2}, evaluate_start_seconds=3)
-    assert training(step_seconds=1).evaluating == 0
-    two = Training(PAPER_BATCHES, 100, 250, 100, rates, tasks=(((1, 1), 10), ((2, 1), 10)))
-    assert two.evaluating == pytest.approx(2 * 3 + 10 * 0.2 + 10 * 0.3)
-
-
-def test_an_episode_not_measured_costs_by_its_photos():
-    rates = TrainRates(1, evaluate_seconds={(1, 1): 0.2, (5, 5): 1.3})
-    assert rates.episode((1, 1)) == 0.2
-    assert rates.episode((2, 1)) == pytest.approx(0.3)
-    assert rates.episode((4, 5)) == pytest.approx(1.3 * 21 / 26)
-    assert rates_of_steps(2, ((4, 1, 1),)).episode((1, 1)) == pytest.approx(1 / 2 / 8 * 2)
-
-
-def test_more_nodes_than_workers_are_refused():
-    with pytest.raises(InputError, match="--nodes is 4, but --workers is 2"):
-        Cluster(read_mb=1, workers=2, nodes=4)
+def test_a_job_draws_validates_and_evaluates_beside_its_steps():
+    config = TrainConfig(workspace="x", batches=SMALL, steps=600, val_every=250, val_episodes=100, train_batches=200)
+    job = job_of(config, Rates(step=0.1, photo=0.25, draw=0.01), photos=3, tested=80)
+    assert job.steps == pytest.approx(60)
+    assert job.photos == 1800
+    # 200 batches of 1.5 episodes drawn, and three validations of two photos an episode: at 250, 500 and the end
+    assert job.beside == pytest.approx(300 * 0.01 + 3 * 100 * 2 * 0.25)
+    assert job.evaluating == pytest.approx(80 * 0.25)
+    assert job_of(config, Rates(0.1, 0.25), 3).evaluating == 0
 
 
 def test_shapes_are_known_without_weights():
@@ -143,13 +103,6 @@ def test_shapes_are_known_without_weights():
     assert feature_shape("vit_small_patch14_dinov2", 420) == ((30, 30), 384)
     with pytest.raises(InputError, match="not a multiple of 16"):
         feature_shape("vit_base_patch16_224.mae", 470)
-
-
-def test_a_kind_of_batch_that_never_came_costs_by_its_photos():
-    watch = Stopwatch()
-    watch.calls = [(at, kind) for at, kind in zip((0, 9, 10, 11, 13), [(2, 1, 1)] * 3 + [(1, 2, 1)] * 2, strict=True)]
-    # 1 s for 4 photos and 2 s for 3: 3/7 s each; the first step is left out
-    assert watch.step_seconds([(2, 1, 1), (1, 2, 1), (1, 6, 1)]) == pytest.approx((1 + 2 + 3) / 3)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +116,7 @@ def config_of(workspace, **other) -> TrainConfig:
 
 def test_a_made_up_store_is_a_store_whose_steps_read_what_the_plan_counts(made_up):
     store = FeatureStore(Workspace(made_up).find_store())
-    assert len(list(store.verify())) == 2
+    assert list(store.verify()) == sorted(store.info.shards)
     batches = ((2, 1, 5), (1, 4, 2))
     shards = ensure_episodes(training_plan(TrainConfig(workspace=made_up, batches=batches, train_batches=20)), store)
     for group, (_, ways, shots) in enumerate(batches):
@@ -181,21 +134,20 @@ def test_photos_of_a_step_are_counted_on_the_annotations(made_up, tmp_path):
     assert 3 < photos < (4 + 40) / 2  # of forty photos one is the query
 
 
-def test_the_probes_measure_positive_rates(made_up, tmp_path, tiny_weights):
-    rates = measure_training(config_of(made_up), ((1, 1), (2, 1)))
-    assert rates.step_seconds > 0
-    assert rates.episode((1, 1)) > 0
-    assert rates.episode((2, 1)) > 0
-    assert measure_featurizing(tmp_path, TINY["backbone"], TINY["image_size"], photos=12) > 0
+def test_the_probes_measure_positive_rates(made_up, tmp_path):
+    whole = measure_training(config_of(made_up))
+    assert min(whole) > 0
+    few = measure_training(config_of(made_up, seed=1), images_per_step(SMALL) / 1000)
+    assert few.step < whole.step / 10  # a step goes with its photos
+    assert measure_featurizing(tmp_path, TINY["backbone"], TINY["image_size"], threads=1) > 0
     assert measure_reading(tmp_path) > 1
-    assert not (tmp_path / "read-probe").exists()
 
 
 def test_verify_and_check_hold_the_plan_against_runs(tmp_path, tiny_weights):
     scenes = draw_scenes(tmp_path / "scenes", train_images=80, val_images=40)
     featurizing = FeaturizeConfig(workspace=tmp_path, coco_dir=scenes, weights=tiny_weights, threads=1, **TINY)
-    steps = config_of(tmp_path, steps=30, val_every=30, val_episodes=5)
-    found = {one.name: one for one in rehearse(featurizing, steps, photos=120)}
+    short = config_of(tmp_path, steps=30, val_every=30, val_episodes=5)
+    found = {one.name: one for one in rehearse(featurizing, short, photos=120)}
     assert set(found) == {"disk", "featurize", "photos read a step", "train", "evaluate"}
     assert abs(found["disk"].error) < 10
     assert all(one.predicted > 0 and one.measured > 0 for one in found.values())
@@ -207,7 +159,7 @@ def test_verify_and_check_hold_the_plan_against_runs(tmp_path, tiny_weights):
     featurize(featurizing)
     with pytest.raises(InputError, match="no finished training"):
         check_workspace(tmp_path)
-    train(steps)
+    train(short)
     found = {one.name: one for one in check_workspace(tmp_path)}
     assert found["training steps"].measured > 0
     assert abs(found["disk"].error) < 10
@@ -247,7 +199,7 @@ def test_plan_counts_the_photos_of_a_folder(tmp_path):
     assert "store of 60 photos" in result.output
     assert "a worker reads in a training step" in result.output
     assert "22.3 photos" not in result.output  # a class has too few for the recipe's shots
-    other = run("--coco-dir", str(scenes), "--images", "1000", *rates)
+    other = run("--coco-dir", str(scenes), "--photos", "1000", *rates)
     assert "store of 1000 photos" in other.output
 
 

@@ -25,9 +25,10 @@ from pipelines.runs.checkpoints import (
     save,
     save_last,
 )
-from pipelines.training.prepare import run_dir_of
+from pipelines.runs.identity import run_dir_of
 from pipelines.training.run import train
 from pipelines.training.stop import Stopped
+from pipelines.workspace import Workspace
 from tests.test_training import featurized_scenes, settings
 
 EARLIER = Path(__file__).parent / "golden" / "earlier_run"
@@ -56,6 +57,18 @@ def parts_that_count(run_dir):
     for name in ("seconds", "starts"):
         saved["at"].pop(name)
     return saved
+
+
+def take_earlier_run(run_dir):
+    """Put the run of an earlier version into `run_dir`, trained on the features of its workspace."""
+    shutil.copytree(EARLIER, run_dir)
+    key = Workspace(run_dir.parents[1]).find_store().name
+    for name in ("best.pt", "last.pt"):
+        saved = torch.load(run_dir / name, weights_only=True)
+        for content in (saved, saved.get("best")):
+            if content:
+                content["store"] = key
+        torch.save(saved, run_dir / name)
 
 
 def test_no_flipped_byte_is_read_as_something_else(tmp_path):
@@ -147,7 +160,7 @@ def test_a_run_that_an_earlier_version_left_goes_on_and_is_evaluated(workspace):
     whole = parts_that_count(train(config).run_dir)
     run_dir = run_dir_of(config)
     shutil.rmtree(run_dir)
-    shutil.copytree(EARLIER, run_dir)
+    take_earlier_run(run_dir)
     tested = EvaluateConfig(workspace=workspace, checkpoint=run_dir, seeds=1, episodes=2, threads=1)
     assert evaluate(tested).method == "debug@4"
     assert train(config).step == 8

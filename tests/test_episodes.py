@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from la.data.coco import Annotation, Dataset, Image, decode
 from la.data.folds import fold_classes
-from la.episodes.sampling import MAX_POINTS, Pool, evaluation_episode, training_episode
+from la.episodes.pool import MAX_POINTS, Pool
+from la.episodes.sampling import evaluation_episode, training_episode
 from la.errors import InputError
 
 SIZE = 64

@@ -12,7 +12,7 @@ import torch
 from la.errors import InputError
 from la.model.decoder import segment
 from la.model.label_anything import build, preset
-from la.predictor.fixed_heads import example_inputs, export_onnx, export_program, heads_inputs, heads_of
+from la.predictor.fixed_heads import example_inputs, export_onnx, heads_inputs, heads_of
 from la.predictor.predictor import Predictor
 from pipelines.predict.export import export_heads
 
@@ -35,7 +35,7 @@ def test_exported_heads_agree_with_the_model(name, ways, tmp_path):
     traced = example_inputs(heads, GRID)
     export_onnx(heads, traced, tmp_path / "heads.onnx")
     session = ort.InferenceSession(tmp_path / "heads.onnx")
-    program = export_program(heads, traced).module()
+    program = torch.export.export(heads, tuple(traced.values())).module()
     for seed in (1, 2):  # other numbers than those it was traced with
         torch.manual_seed(seed)
         inputs = example_inputs(heads, GRID)

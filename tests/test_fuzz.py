@@ -26,7 +26,7 @@ from pycocotools import mask as rle_tools
 from la.backbone.vit import _read_state
 from la.data.coco import Dataset, label_map, load_coco
 from la.data.photos import read_photo
-from la.episodes.sampling import Pool
+from la.episodes.pool import Pool
 from la.errors import InputError
 from pipelines.episodes.batches import BatchBuilder
 from pipelines.episodes.episode_shards import EpisodePlan, ensure_episodes
@@ -118,8 +118,8 @@ def use_dataset(data: Dataset) -> None:
     pool = Pool(data, list(data.categories), 1)
     for image in data.images:
         label_map(data, image, list(data.categories))
-    for found in pool.annotations.values():
-        for one in found:
+    for image in data.annotations:
+        for one in (one for category in data.categories for one in pool.annotations_of(image, category)):
             pool.interior(one).points(lambda: 0.5)
     assert len(data.digest) == 16
 

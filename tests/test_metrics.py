@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from la.data.coco import IGNORED
-from la.evaluation.metrics import FewShotIoU, bootstrap_interval, score_episode
+from la.evaluation.metrics import FewShotIoU, interval_of, resampled_means, score_episode
 
 
 def test_iou_by_hand():
@@ -79,13 +79,13 @@ def test_the_interval_holds_the_mean_and_shrinks_with_episodes():
     few, many = scores(40), scores(1000)
     widths = []
     for made in (few, many):
-        low, high = bootstrap_interval([made])
+        low, high = interval_of(resampled_means([made]))
         assert low < made.miou() < high
-        assert bootstrap_interval([made]) == (low, high), "the same on every call"
+        assert interval_of(resampled_means([made])) == (low, high), "the same on every call"
         widths.append(high - low)
     assert widths[1] < widths[0] / 3
     same = FewShotIoU(few.episodes[:1] * 50)
-    assert bootstrap_interval([same]) == pytest.approx((same.miou(), same.miou()))
+    assert interval_of(resampled_means([same])) == pytest.approx((same.miou(), same.miou()))
 
 
 def test_the_interval_is_of_the_mean_over_seeds():
@@ -94,7 +94,7 @@ def test_the_interval_is_of_the_mean_over_seeds():
     for _ in range(30):
         good.add(truth, truth, (1,))
         bad.add(1 - truth, truth, (2,))
-    assert bootstrap_interval([good, bad]) == (50, 50)
+    assert interval_of(resampled_means([good, bad])) == (50, 50)
 
 
 def test_one_episode_by_hand():

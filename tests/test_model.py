@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,6 +103,21 @@ def test_every_kind_of_prompt_moves_the_result(moved):
     before = model(batch)
     setattr(batch, moved, 1 - getattr(batch, moved))
     assert (model(batch) - before).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("arch", ["paper", "released"])
+def test_pairs_fused_together_give_what_they_give_apart(arch, monkeypatch):
+    model = LabelAnything(replace(CONFIG, arch=arch))
+    batch = pack((MIXED,), features, mask, lambda _: (100, 200))
+    assert len(batch.other_pair)
+    assert len(batch.sparse_pair)
+    calls = []
+    model.fusion.register_forward_hook(lambda *_: calls.append(1))
+    apart = model(batch)
+    monkeypatch.setattr(LabelAnything, "fused_apart_on", ())
+    together = model(batch)
+    assert len(calls) == 3
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
 
 
 def test_checkpoint_round_trip_gives_the_same_model(tmp_path):

@@ -161,7 +161,7 @@ def test_a_photo_is_taken_upright(demo, tmp_path):
         ({"cat": np.zeros(SIZE, bool)}, "a mask has no pixel"),
         ({"cat": Points([(200, 5)])}, r"\(200, 5\), outside the photo of 128x96"),
         ({"cat": Points([], outside=[(5, 5)])}, "points beside the object alone"),
-        ({"cat": Points([(float("nan"), 5)])}, "outside the photo"),
+        ({"cat": Points([(float("nan"), 5)])}, r"a point is \(nan, 5\); expected \(x, y\) in pixels"),
         ({"cat": Box(50, 50, 50, 80)}, "holds nothing of the photo"),
         ({"cat": []}, "no prompt"),
         ({"cat": "mask.png"}, "a prompt is str"),

@@ -1,8 +1,8 @@
 """What the measurement of very many images makes, at a small size."""
 
 from la.data.coco import decode
-from pipelines.bench.scale import OBJECTS, bench_scale, large_store, training_episodes
 from pipelines.store.reader import FeatureStore
+from tools.scale_check import OBJECTS, bench_scale, large_store, training_episodes
 
 
 def test_a_made_up_store_is_a_real_one(tmp_path):

@@ -89,7 +89,6 @@ def test_bad_arguments_are_refused(tmp_path, arguments):
 def test_pycocotools_reads_the_visible_masks(tmp_path):
     root = scenes.draw_scenes(tmp_path / "coco", train_images=10, val_images=30, size=(96, 144), seed=3)
     seen_ids: set[int] = set()
-    kinds = set()
     for split in scenes.SPLITS:
         coco = COCO(str(root / "annotations" / f"instances_{split}.json"))
         assert sorted(coco.cats) == list(range(1, 81))
@@ -106,10 +105,8 @@ def test_pycocotools_reads_the_visible_masks(tmp_path):
                 x, y, width, height = (int(value) for value in annotation["bbox"])
                 assert mask.sum() == mask[y : y + height, x : x + width].sum() == annotation["area"] > 0
                 assert annotation["iscrowd"] == 0
-                kinds.add(type(annotation["segmentation"]))
                 total += mask
             assert total.max() == 1
-    assert kinds == {list, dict}
 
 
 def test_every_class_is_in_enough_scenes():
@@ -132,18 +129,6 @@ def test_held_out_classes_are_new_pairs_of_known_parts(fold):
     assert {shape for shape, _ in unseen} == {shape for shape, _ in seen} == set(range(10))
     assert {texture for _, texture in unseen} == {texture for _, texture in seen} == set(range(8))
     assert len(set(scenes.CLASS_NAMES)) == 80
-
-
-def test_mask_with_a_hole_and_corner_touching_pixels():
-    ring = np.ones((70, 66), bool)
-    ring[20:30, 20:30] = False
-    corners = np.zeros((70, 66), bool)
-    corners[3, 3] = corners[4, 4] = True
-    for mask in (ring, corners):
-        coding = scenes.visible_segmentation(mask)
-        assert isinstance(coding, dict)
-        assert sum(coding["counts"][1::2]) == mask.sum()
-        assert sum(coding["counts"]) == mask.size
 
 
 def test_pretraining_kinds_are_not_the_classes():

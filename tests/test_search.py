@@ -4,16 +4,19 @@ from types import SimpleNamespace
 
 import pytest
 from fake_search import STEPS, TRIALS, fake_config, fake_train, quality
+from fake_sweep import fake_store
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from typer.testing import CliRunner
 
 import cli
 from la.errors import InputError
 from la.model.label_anything import preset
-from pipelines.config import TrainConfig
+from pipelines.config import SettingSpace, TrainConfig
+from pipelines.runs.identity import run_name
 from sweeps.search.search_run import SearchResult
 from sweeps.search.search_state import KEPT, Search, run_searched
-from sweeps.search.space import own_settings, train_command, train_config
+from sweeps.search.space import own_points, train_command, train_config
 from sweeps.trial import finished
 
 
@@ -44,7 +47,7 @@ def result_of(search):
 def test_the_first_trials_are_the_presets_as_they_are(tmp_path):
     config = fake_config(tmp_path, presets=("paper", "official", "hybrid"))
     search, trials = run(config, 4)
-    for name, (trial, _) in zip(config.presets, trials, strict=False):
+    for name, (trial, _) in zip(config.space["preset"].values, trials, strict=False):
         train = search.job(trial).train
         plain = TrainConfig(workspace=tmp_path, preset=name, dim=preset(name).dim)
         same = {"lr", "weight_decay", "loss", "prompts", "batches", "recipe", "ema", "flips", "dim", "preset"}
@@ -74,7 +77,7 @@ def test_proposals_learn_from_the_results(long_search):
     search, trials = long_search
     found = [quality(search.job(trial).train) for trial, _ in trials[1:]]
     assert sum(found[-10:]) > sum(found[:10]) + 10
-    assert max(found) > quality(train_config(search.config, own_settings("paper")))
+    assert max(found) > quality(train_config(search.config, own_points(search.config.spaces, {})[0]))
 
 
 def test_poor_trials_are_stopped_early_and_never_win(long_search):
@@ -125,19 +128,20 @@ def test_a_failed_trial_does_not_count(tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"presets": ("hybrid",), "seed": 3, "batch_scale": 0.5, "workers": 2}])
 def test_the_printed_command_is_the_very_training(tmp_path, monkeypatch, changes):
+    fake_store(tmp_path / "more")  # the key of whose store is in a run's name
     search, _ = run(fake_config(tmp_path, **changes, also=(tmp_path / "more",)), 3)
     found = []
 
-    def caught(config, on_report=None):
+    def caught(config, on_report=None, code="ask"):
         found.append(config)
         raise InputError("far enough")
 
     monkeypatch.setattr("pipelines.training.run.train", caught)
     for job in [search.job(trial) for trial in search.study.trials]:
-        words = shlex.split(train_command(job.train, search.config.batch_scale))
+        words = shlex.split(train_command(job.train))
         assert words[:2] == ["python", "cli.py"]
         CliRunner().invoke(cli.app, words[2:])
-        assert found.pop().run_name == job.train.run_name
+        assert run_name(found.pop()) == run_name(job.train)
 
 
 def test_the_table_ranks_trials_and_weighs_settings(tmp_path, long_search):
@@ -146,7 +150,7 @@ def test_the_table_ranks_trials_and_weighs_settings(tmp_path, long_search):
     (table,) = told.tables
     assert len(table.rows) == 35
     assert all(len(row) == len(table.columns) for row in table.rows)
-    whole = [float(row[1]) for row in table.rows if "*" not in row[2]]
+    whole = [float(row[1]) for row in table.rows if "*" not in row[1]]
     assert whole == sorted(whole, reverse=True)
     assert max(told.importance, key=told.importance.get) == "lr_times"
     assert "lr_times" in table.text()
@@ -164,10 +168,81 @@ def test_more_trials_are_the_same_search_and_what_changes_a_result_is_not(tmp_pa
         assert Search(fake_config(tmp_path, **other)).name != name
 
 
-@pytest.mark.parametrize("presets", [("paper", "no_such"), ("paper", "paper")])
-def test_wrong_presets_are_named(tmp_path, presets):
-    with pytest.raises(InputError, match=r"--presets .*Choose from paper"):
-        Search(fake_config(tmp_path, presets=presets))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"presets": ("paper", "no_such")}, "no_such is unknown. Choose one of"),
+        ({"space": {"learning_rate": [1, 2]}}, "learning_rate is not a setting"),
+        ({"space": {"fold": [1, 2]}}, "fold is not a setting to search"),
+        ({"space": {}}, "has no .space."),
+        ({"space": {"preset": ["no_such"]}}, "no_such is unknown"),
+        ({"space": {"loss": {"low": 1, "high": 2}}}, "loss is no number"),
+        ({"space": {"clip": {"low": 1, "high": 2, "relative": "times"}}}, "clip has no value of its own"),
+        ({"space": {"lr": {"low": -1, "high": 1}}}, "greater than 0"),
+        ({"space": {"loss": ["focal", "no_such"]}}, "should be 'focal' or 'iou'"),
+    ],
+)
+def test_a_wrong_space_is_told(tmp_path, changes, message):
+    with pytest.raises((InputError, ValidationError), match=message):
+        Search(fake_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("batches", [[[1, 1, 1]], [[2, 1, 1], [1, 2, 1]]]),
+        ("betas", [[0.9, 0.99], [0.8, 0.9]]),
+        ("prompts", [["mask"], ["mask", "box"]]),
+        ("flips", [True, False]),
+        ("clip", [None, 1.0]),
+        ("dim", {"low": 16, "high": 64}),
+        ("clip", {"low": 0.1, "high": 2.0}),
+    ],
+)
+def test_any_setting_is_searched(tmp_path, name, values):
+    search = Search(fake_config(tmp_path, space={name: values}, sampler="random"))
+    drawn = [getattr(search.job(search.propose()).train, name) for _ in range(4)]
+    if isinstance(values, dict):
+        assert all(values["low"] <= value <= values["high"] for value in drawn if value)
+    else:
+        assert set(drawn) <= set(
+            TypeAdapter(TrainConfig.model_fields[name].annotation).validate_python(v) for v in values
+        )
+
+
+def test_a_search_prints_its_settings_for_its_own_use_and_a_dry_run_trains_nothing(tmp_path, monkeypatch):
+    fake_store(tmp_path)
+    words = ["sweep", "search", "--workspace", str(tmp_path), "--set", "gamma=1.5", "--print-config"]
+    printed = CliRunner().invoke(cli.app, words)
+    assert printed.exit_code == 0, printed.output
+    (tmp_path / "printed.toml").write_text(printed.output)
+    again = CliRunner().invoke(
+        cli.app, ["sweep", "search", "--config", str(tmp_path / "printed.toml"), "--print-config"]
+    )
+    assert again.output == printed.output
+    (tmp_path / "mine.toml").write_text("[space]\ngamma = [1.0, 2.0]")
+    words = ["sweep", "run", str(tmp_path / "mine.toml"), "--workspace", str(tmp_path)]
+    dry = CliRunner().invoke(cli.app, [*words, "--dry-run"])
+    assert dry.exit_code == 0, dry.output
+    assert "30 trials of at most 2000 steps" in dry.output
+    assert not list((tmp_path / "runs" / "searches").glob("*/trial-*"))
+    assert CliRunner().invoke(cli.app, [*words, "--folds", "0,1"]).exit_code == 2
+
+
+@pytest.mark.parametrize("wrong", [{}, {"low": 1}, {"low": 2, "high": 1}, {"low": 0, "high": 1, "log": True}, []])
+def test_a_space_is_a_list_or_a_range(wrong):
+    with pytest.raises(ValueError, match=r"expected a list of values, or low < high"):
+        SettingSpace.model_validate(wrong)
+
+
+def test_a_given_setting_is_not_searched_and_chance_may_propose(tmp_path):
+    config = fake_config(tmp_path, sampler="random", early_stopping=False)
+    config = config.model_copy(update={"train": {"lr": 1e-3, "gamma": 1.0}})
+    search, trials = run(config, 12)
+    assert {search.job(trial).train.lr for trial, _ in trials} == {1e-3}
+    assert {search.job(trial).train.gamma for trial, _ in trials} == {1.0}
+    assert not any(result.stopped_early for _, result in trials)
+    assert len({search.job(trial).train.weight_decay for trial, _ in trials}) > 8
 
 
 def test_a_training_knows_nothing_of_unseen_classes(tmp_path):
@@ -184,7 +259,9 @@ def test_the_last_validation_is_not_asked(tmp_path):
     def poor_at_the_end(config, on_report):
         on_report({"step": STEPS, "loss": 1.0, "seen_miou": 0.1})
         metrics = {"seen_miou": 0.1, "train_seconds": 1.0}
-        return SimpleNamespace(run_dir=tmp_path, checkpoint=tmp_path / "best.pt", step=STEPS, metrics=metrics)
+        return SimpleNamespace(
+            run_dir=tmp_path, checkpoint=tmp_path / "best.pt", step=STEPS, metrics=metrics, code=None
+        )
 
     _, result = run_next(search, poor_at_the_end)
     assert not result.stopped_early

@@ -24,11 +24,12 @@ from pipelines.evaluation.evaluate import evaluate, extremes_of, score
 from pipelines.evaluation.methods import find_method, latest_run
 from pipelines.evaluation.shared_work import predictor
 from pipelines.runs.checkpoints import load, save
+from pipelines.runs.identity import run_dir_of
 from pipelines.runs.official_files import import_official
 from pipelines.store.featurize import featurize
 from pipelines.store.reader import FeatureStore
 from pipelines.training.loop import Worker, train_loop
-from pipelines.training.prepare import prepare, run_dir_of
+from pipelines.training.prepare import prepare
 from pipelines.training.run import train
 from pipelines.training.step_batches import read_ahead
 from pipelines.training.train_on_ray import STARTS, Desk
@@ -173,7 +174,7 @@ def test_a_run_does_not_go_on_with_the_features_of_another_store(workspace):
     config = settings(workspace, seed=21)
     run_dir = train(config).run_dir
     save(run_dir / "last.pt", load(run_dir / "last.pt") | {"store": "0123456789ab"})
-    with pytest.raises(InputError, match=r"was trained on the store 0123456789ab.*Pass --store"):
+    with pytest.raises(InputError, match=r"was trained on the store 0123456789ab.*Pass --name"):
         train(config)
 
 
@@ -321,18 +322,18 @@ def test_workers_start_again_as_long_as_there_is_a_new_checkpoint_in_between():
     desk = Desk()
     assert all(desk.begin(mark) for mark in (None, None, 7, 7, 7, 8, *range(9, 40)))
     assert desk.verdict() is None
-    desk.fail("ValueError: odd", mistake=False)
+    desk.fail("ValueError: odd", mistake=None)
     assert [desk.begin(50) for _ in range(STARTS + 1)] == [True] * STARTS + [False]
-    assert desk.verdict() == ("ValueError: odd", False)
+    assert desk.verdict() == ("ValueError: odd", None)
 
 
 def test_a_users_mistake_is_not_tried_again():
     desk = Desk()
     assert desk.begin(None)
-    desk.fail("the disk is full", mistake=True)
-    desk.fail("RuntimeError: the other worker is gone", mistake=False)
+    desk.fail("the disk is full", mistake=InputError)
+    desk.fail("RuntimeError: the other worker is gone", mistake=None)
     assert not desk.begin(None)
-    assert desk.verdict() == ("the disk is full", True)
+    assert desk.verdict() == ("the disk is full", InputError)
 
 
 def _free_port():

@@ -134,7 +134,7 @@ def test_without_photos_or_weights_the_files_are_checked_and_a_repair_says_what_
     assert "--weights" in report.not_sampled
     store = store_of(config)
     (store.path / SHARD).unlink()
-    with pytest.raises(InputError, match="--repair needs --weights"):
+    with pytest.raises(InputError, match="--repair would make the features with weights"):
         verify(bare.model_copy(update={"repair": True}))
     tiny_coco.rename(tiny_coco.with_name("moved"))
     assert "--coco-dir" in verify(config).not_sampled

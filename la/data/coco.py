@@ -101,8 +101,10 @@ def find_splits(coco_dir: Path, names: Mapping[str, str] | None = None) -> dict[
     """
     if not coco_dir.is_dir():
         raise InputError(
-            f"coco_dir {coco_dir} is not a folder. Expected annotations/instances_train2017.json, "
-            "annotations/instances_val2017.json, train2017/ and val2017/ in it, as COCO is downloaded."
+            f"coco_dir {coco_dir.absolute() if isinstance(coco_dir, Path) else coco_dir} is not a folder. Expected "
+            "annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/ and val2017/ in it. "
+            "Name yours, here or in LA_COCO_DIR, or unpack train2017.zip, val2017.zip and annotations_trainval2017.zip "
+            "of https://cocodataset.org/#download there. The demo needs no photos."
         )
     splits: dict[str, tuple[Path, Path]] = {}
     for role in ("train", "val"):

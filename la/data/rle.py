@@ -44,26 +44,21 @@ def run_lengths(counts: bytes) -> list[int]:
     The compression is COCO's: 5 bits a character from '0' on, bit 5 continues, and from the fourth run on the value is
     the difference to the run two before. Raises ValueError for bytes that are not so.
     """
-    if counts and (min(counts) < 48 or max(counts) > 111 or (counts[-1] - 48) & 0x20):
+    if not counts:
+        return []
+    characters = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    if characters.min() < 0 or characters.max() > 63 or characters[-1] & 0x20:
         raise ValueError("its RLE `counts` are no compressed run lengths; expected what pycocotools' `encode` writes.")
-    runs: list[int] = []
-    position = 0
-    while position < len(counts):
-        value, shift, more = 0, 0, True
-        while more:
-            character = counts[position] - 48
-            value |= (character & 0x1F) << shift
-            more = bool(character & 0x20)
-            position += 1
-            shift += 5
-            if shift > 5 * _CHARACTERS_A_RUN:
-                raise ValueError("its RLE `counts` hold a run longer than any photo; expected compressed run lengths.")
-            if not more and character & 0x10:
-                value |= -1 << shift
-        if len(runs) > 2:
-            value += runs[-2]
-        runs.append(value)
-    return runs
+    last = np.flatnonzero(characters < 0x20)  # of each run
+    first = np.concatenate(([0], last[:-1] + 1))
+    if (last - first >= _CHARACTERS_A_RUN).any():
+        raise ValueError("its RLE `counts` hold a run longer than any photo; expected compressed run lengths.")
+    shifts = 5 * (np.arange(len(characters)) - np.repeat(first, last - first + 1))
+    runs = np.add.reduceat((characters & 0x1F) << shifts, first)
+    runs -= (characters[last] >> 4 & 1) << (shifts[last] + 5)  # the sign
+    for start in (1, 2):
+        runs[start::2] = runs[start::2].cumsum()
+    return runs.tolist()
 
 
 def stored_run_lengths(counts: bytes, height: int, width: int) -> list[int]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,6 +41,8 @@ class Pairs(_Movable):
 
     slots: Tensor  # (B, C) bool: background and the classes that this episode has
     slot: Tensor  # (P,) long, episode * C + slot
+    episode: Tensor  # (P,) long
+    shown: Tensor  # (S,) long, the pairs of classes: all but the background's
     example: Tensor  # (P,) long, place among the pairs of its slot
     order: Tensor  # (P,) long, place among the pairs of its episode
     counted: Tensor  # (P,) bool, whether the pair counts in its class's mean: all but those `dense_grid` adds
@@ -49,20 +52,17 @@ class Pairs(_Movable):
     @classmethod
     def of(cls, slots: Tensor, slot: Tensor, counted: Tensor | None = None) -> Self:
         """From slots (B, C) and each pair's slot (P,)."""
-        example, order = ranks(slot), ranks(slot // slots.shape[1])
+        episode = slot // slots.shape[1]
+        shown = (slot % slots.shape[1]).nonzero()[:, 0]
+        example, order = ranks(slot), ranks(episode)
         counted = torch.ones_like(slot, dtype=torch.bool) if counted is None else counted
-        return cls(slots, slot, example, order, counted, _most(example), _most(order))
+        return cls(slots, slot, episode, shown, example, order, counted, _most(example), _most(order))
 
     @classmethod
     def merged(cls, parts: "Sequence[Pairs]") -> Self:
         """The pairs of several chunks of the same episodes' supports, one after the other."""
         slot, counted = (torch.cat([getattr(p, name).cpu() for p in parts]) for name in ("slot", "counted"))
         return cls.of(parts[0].slots.cpu(), slot, counted).to(parts[0].slots.device)
-
-    @property
-    def episode(self) -> Tensor:
-        """(P,) long."""
-        return self.slot // self.slots.shape[1]
 
 
 @dataclass
@@ -123,21 +123,19 @@ def pack(
         packed += [(row[p.support], b * slots + 1 + p.slot, p) for p in episode.pairs if p.support in row]
     points = [p.points if p else () for _, _, p in packed]
     boxes = [p.boxes if p else () for _, _, p in packed]
-    point_table = torch.zeros(len(packed), max(map(len, points)), 2)
-    labels = torch.full(point_table.shape[:2], -1, dtype=torch.long)
-    box_table = torch.zeros(len(packed), max(map(len, boxes)), 4)
+    marks = np.zeros((len(packed), max(map(len, points)), 3), np.float32)  # x and y in pixels, label
+    marks[..., 2] = -1
+    corners = np.zeros((len(packed), max(map(len, boxes)), 4), np.float32)  # in pixels
+    sides = np.ones((len(packed), 1, 2), np.float32)
     mask_pair, masks = [], []
     for i, (support, _, pair) in enumerate(packed):
         if pair is None:
             continue
-        height, width = size(images[support])
+        sides[i] = size(images[support])[::-1]
         if pair.points:
-            table = torch.tensor(pair.points, dtype=torch.float32)
-            point_table[i, : len(table)] = table[:, :2] / torch.tensor([width, height])
-            labels[i, : len(table)] = table[:, 2].long()
+            marks[i, : len(pair.points)] = pair.points
         if pair.boxes:
-            table = torch.tensor(pair.boxes, dtype=torch.float32)
-            box_table[i, : len(table)] = table / torch.tensor([width, height, width, height])
+            corners[i, : len(pair.boxes)] = pair.boxes
         if pair.masks:
             mask_pair.append(i)
             masks.append(mask(images[support], pair.masks))
@@ -157,10 +155,10 @@ def pack(
         most_places=_most(place),
         mask_pair=torch.tensor(mask_pair, dtype=torch.long),
         masks=torch.stack(masks) if masks else torch.zeros(0, 4, 4),
-        points=point_table,
-        point_labels=labels,
-        boxes=box_table,
-        box_valid=torch.arange(box_table.shape[1]) < torch.tensor([len(b) for b in boxes])[:, None],
+        points=torch.from_numpy(marks[..., :2] / sides),
+        point_labels=torch.from_numpy(marks[..., 2].astype(np.int64)),
+        boxes=torch.from_numpy(corners / np.tile(sides, 2)),
+        box_valid=torch.from_numpy(np.arange(corners.shape[1]) < np.array([len(b) for b in boxes])[:, None]),
         sparse_pair=sparse.nonzero()[:, 0],
         other_pair=(~sparse).nonzero()[:, 0],
         any_mask=torch.tensor([any(p.masks for p in e.pairs) for e in episodes]),

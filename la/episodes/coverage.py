@@ -10,7 +10,7 @@ from la.episodes.batch import EpisodeBatch
 def prompt_coverage(batch: EpisodeBatch) -> Tensor:
     """(P, h, w) in 0..1: how much of each feature cell the prompts of a pair cover; zeros for background pairs."""
     grid = batch.support.shape[1:3]
-    covered = torch.maximum(box_coverage(batch, grid), point_coverage(batch, grid, label=1))
+    covered = torch.maximum(box_coverage(batch, grid), point_coverage(batch, grid)[1])
     return torch.maximum(covered, mask_coverage(batch, grid))
 
 
@@ -26,25 +26,22 @@ def box_coverage(batch: EpisodeBatch, grid: tuple[int, int]) -> Tensor:
     """(P, h, w): 1 for the cells whose centres lie in a box of the pair."""
     h, w = grid
     device = batch.support.device
-    coverage = torch.zeros(len(batch.pair_support), h, w, device=device)
-    y = ((torch.arange(h, device=device) + 0.5) / h)[:, None]
-    x = ((torch.arange(w, device=device) + 0.5) / w)[None, :]
-    for k in range(batch.boxes.shape[1]):
-        x0, y0, x1, y1 = batch.boxes[:, k, :, None, None].unbind(1)
-        inside = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
-        coverage = torch.maximum(coverage, (inside & batch.box_valid[:, k, None, None]).float())
-    return coverage
+    y = torch.arange(0.5, h, device=device) / h
+    x = torch.arange(0.5, w, device=device) / w
+    x0, y0, x1, y1 = batch.boxes[..., None].unbind(2)
+    rows = (y >= y0) & (y <= y1) & batch.box_valid[..., None]
+    columns = (x >= x0) & (x <= x1)
+    return (rows[..., None] & columns[..., None, :]).any(1).float()
 
 
-def point_coverage(batch: EpisodeBatch, grid: tuple[int, int], label: int) -> Tensor:
-    """(P, h, w): 1 for the cells that hold a point of the pair with this label, 1 inside the object, 0 outside."""
+def point_coverage(batch: EpisodeBatch, grid: tuple[int, int]) -> Tensor:
+    """(2, P, h, w): 1 for the cells that hold a point of the pair, outside the object and inside."""
     h, w = grid
-    device = batch.support.device
-    coverage = torch.zeros(len(batch.pair_support), h, w, device=device)
-    pair, point = (batch.point_labels == label).nonzero(as_tuple=True)
-    column, row = (batch.points[pair, point] * torch.tensor([w, h], device=device)).long().unbind(-1)
-    coverage[pair, row.clamp(0, h - 1), column.clamp(0, w - 1)] = 1
-    return coverage
+    coverage = torch.zeros(3, len(batch.pair_support), h, w, device=batch.support.device)  # last that of padding
+    x, y = batch.points.unbind(-1)
+    row, column = (y * h).long().clamp(0, h - 1), (x * w).long().clamp(0, w - 1)
+    coverage[batch.point_labels, torch.arange(len(row), device=row.device)[:, None], row, column] = 1
+    return coverage[:2]
 
 
 def slot_weights(batch: EpisodeBatch) -> Tensor:

@@ -6,10 +6,6 @@ from typing import Literal
 from la.data.folds import FoldLists
 from la.errors import InputError
 
-# How a query is drawn: a class first, then an image of it; an image first, then a class on it; or a class of the few
-# that all episodes of a seed share.
-QueryDraw = Literal["class", "image", "run"]
-
 
 @dataclass(frozen=True)
 class Protocol:
@@ -18,7 +14,7 @@ class Protocol:
     name: str
     followed_by: str  # methods whose numbers were measured so
     folds: FoldLists  # of data sets of other classes than VOC's
-    query: QueryDraw
+    query: str  # how it is drawn: a name in `la.episodes.query_draws`
     seeds: int
     episodes: int  # of each seed
     min_area: int = 32 * 32  # pixels of a class that an image must show to be its query or support

@@ -3,6 +3,9 @@
 Slot 0 is the background; slots that an episode does not have get -1e4. All see no more of the prompts than which cells
 they cover, and all look at directions of features only: unit vectors, whose products are cosines. Defaults come from
 seen classes of 214 COCO training photos, 1-way 1-shot with masks, DINOv2 ViT-S/14 at 420 px.
+
+To add one, write a function below `_in_float32` and enter it in BASELINES at the end; evaluations and the variants of a
+study name it as their `method`.
 """
 
 import math

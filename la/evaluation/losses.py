@@ -51,16 +51,15 @@ def iou_loss(logits: Tensor, truth: Tensor, slots: Tensor, likelihood: float = 0
     threshold that suits small ones would be learned, by area alone small ones would be given up. Each episode's loss
     is its own: batch mates and ranks change nothing.
     """
-    counted = (truth != IGNORED)[:, None]
-    target = truth.masked_fill(~counted[:, 0], 0)
-    entropy = (F.cross_entropy(logits.float(), target, reduction="none") * counted[:, 0]).mean()
-    predicted = logits.float().softmax(1) * counted
-    true = F.one_hot(target, logits.shape[1]).movedim(-1, 1) * counted
-    both = (predicted * true).sum((2, 3))[:, 1:]
-    size = true.sum((2, 3))[:, 1:]
-    either = predicted.sum((2, 3))[:, 1:] + size - both
-    few = truth[0].numel() / 720  # pixels that keep a class of none or of very few from counting in full
-    missed = 1 - (both + few) / (either + few)
-    weight = 3 * (size.clamp(min=few) / truth[0].numel()).sqrt()  # about 1 for an object of a tenth of the photo
+    pixels = truth[0].numel()
+    logits = logits.float()
+    entropy = F.cross_entropy(logits, truth, ignore_index=IGNORED, reduction="none").mean()
+    predicted = (logits.softmax(1) * (truth != IGNORED)[:, None])[:, 1:]
+    true = truth[:, None] == torch.arange(1, logits.shape[1], device=truth.device)[:, None, None]
+    both, size = (predicted * true).sum((2, 3)), true.sum((2, 3))
+    either = predicted.sum((2, 3)) + size - both
+    few = pixels / 720  # pixels that keep a class of none or of very few from counting in full
+    missed = (either - both) / (either + few)
+    weight = 3 * (size.clamp(min=few) / pixels).sqrt()  # about 1 for an object of a tenth of the photo
     shown = slots[:, 1:]
     return likelihood * entropy + ((weight * missed * shown).sum(1) / shown.sum(1)).mean()

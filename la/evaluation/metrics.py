@@ -100,10 +100,17 @@ class FewShotIoU:
         return categories, hits, unions, asked
 
 
-def bootstrap_interval(seeds: Sequence[FewShotIoU], share: float = 0.95) -> tuple[float, float]:
-    """Interval of the mean over seeds of their mIoU, in percent; episodes are resampled within each seed."""
-    means = np.mean([scores.resampled(seed=seed) for seed, scores in enumerate(seeds)], axis=0)
-    low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
+def resampled_means(seeds: Sequence[FewShotIoU]) -> np.ndarray:
+    """(resamples,) mean over seeds of their mIoU in percent; episodes are resampled within each seed.
+
+    The draws are always the same, so two methods on the same episodes may be subtracted, element by element.
+    """
+    return np.mean([scores.resampled(seed=seed) for seed, scores in enumerate(seeds)], axis=0)
+
+
+def interval_of(resampled: Sequence[float], share: float = 0.95) -> tuple[float, float]:
+    """The interval that holds the middle `share` of the resampled means."""
+    low, high = np.quantile(resampled, [(1 - share) / 2, (1 + share) / 2])
     return float(low), float(high)
 
 

@@ -114,6 +114,10 @@ def released_parts(config: ModelConfig) -> tuple[nn.Module, ...]:
 class LabelAnything(nn.Module):
     """Neck, prompt encoder, image-prompt fusion, class-example mixer and mask decoder; the backbone stays outside."""
 
+    # Most pairs (background, and masks alone) have the one no-sparse token. Where arithmetic is what takes long, they
+    # go through the fusion apart from those with more, whose padding is not theirs; the results are equal.
+    fused_apart_on: tuple[str, ...] = ("cpu",)
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -152,9 +156,8 @@ class LabelAnything(nn.Module):
         images = self.neck(batch.support)
         dense, sparse, valid = self.prompt_encoder(batch, rows, grid)
         place = self.prompt_encoder.position.grid(*grid)
-        if self.config.absent_pairs:
+        if self.config.absent_pairs or images.device.type not in self.fused_apart_on:
             return self.fusion(images[batch.pair_support], dense, sparse, valid, place)
-        # most pairs (background, and masks alone) have the one no-sparse token: the others' padding is not theirs
         embeddings = images.new_zeros(len(valid), images.shape[-1])
         for pairs, count in ((batch.other_pair, 1), (batch.sparse_pair, valid.shape[1])):
             if len(pairs):

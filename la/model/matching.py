@@ -21,8 +21,9 @@ from la.model.prompt_completion import EPSILON, PromptCompletion, logit
 
 PAIRS_AT_ONCE = 8  # whose tokens are summed together
 MOST_TOKENS = 10_000  # of an episode's supports for affinity: 11 photos of 30 x 30, each token by itself
-AFFINITIES_AT_ONCE = 2**21  # entries in memory together, 8 MB: what is worked on in place should not leave the cache
+AFFINITIES_AT_ONCE = 2**22  # entries in memory together, 16 MB: what is worked on in place should not leave the cache
 TEMPERATURES = (0.1, 0.05)  # of affinities; where one is half of that before it, a square takes an exponential's place
+GPU_ROOM = 64  # times as many on a GPU, where few large operators are what is fast
 SMOOTHING = 0.07  # temperature at which a query token takes after the tokens that resemble it
 
 
@@ -61,7 +62,7 @@ class Matching(nn.Module):
         """What matching needs of the supports of a batch, whatever the query; parts with as many keys a support."""
         with torch.autocast(batch.support.device.type, enabled=False):  # bfloat16 cannot tell cosines near 1 apart
             support = self._units(batch.support)
-            shown = (batch.pairs.slot % batch.slots.shape[1] > 0).nonzero()[:, 0]  # background pairs have no prompts
+            shown = batch.pairs.shown  # background pairs have no prompts
             slot, photo = batch.pairs.slot[shown], batch.pair_support[shown]
             weight = self.completion(batch, support)[shown]
             keys = self._in_metric(support) if self.affinity else support  # once, however many classes a photo shows
@@ -97,14 +98,14 @@ class Matching(nn.Module):
                 prototypes = F.normalize(seen.covered, dim=-1)
                 maps += seen.cosines(query, prototypes)
                 maps += seen.cosines(smooth, self.metric(prototypes)) if self.metric is not None else []
-            share = seen.cover[0] / seen.cover[1].clamp(min=1)
+            covered, shots = seen.cover[0], seen.cover[1].clamp(min=1)
             if self.affinity:
                 maps += seen.odds()
-        ways = slots.sum(1).sub(1).to(share).repeat_interleave(c)
-        numbers = (share.clamp(min=EPSILON).log() / 4, ways.clamp(min=1).log(), seen.cover[1].clamp(min=1).log())
-        maps += [number[:, None].expand(-1, h * w) for number in numbers]
-        shown = slots & (torch.arange(c, device=query.device) > 0)
-        return torch.stack(maps, 1).view(b, c, self.maps, h, w) * shown[:, :, None, None, None]
+        shown = F.pad(slots[:, 1:], (1, 0))
+        ways = shown.sum(1, keepdim=True, dtype=shots.dtype).expand(-1, c).flatten()
+        numbers = torch.stack(((covered / shots).clamp(min=EPSILON), ways.clamp(min=1), shots)).log()
+        numbers = (numbers / numbers.new_tensor([[4], [1], [1]]))[..., None].expand(-1, -1, h * w)
+        return torch.stack([*maps, *numbers], 1).view(b, c, self.maps, h, w) * shown[:, :, None, None, None]
 
     def _units(self, features: Tensor) -> Tensor:
         """(B, h, w, D) -> unit features (B, n, D)."""
@@ -134,7 +135,8 @@ class Annotated:
     ) -> "Annotated":
         """From weights (p, n), unit tokens (L, n, D) and these in the space of affinity, of a grid (h, w)."""
         shares = torch.stack((weight, 1 - weight), 1)
-        some = zip(shares.split(PAIRS_AT_ONCE), photo.split(PAIRS_AT_ONCE), strict=True)
+        at_once = PAIRS_AT_ONCE if tokens.device.type == "cpu" else GPU_ROOM * PAIRS_AT_ONCE
+        some = zip(shares.split(at_once), photo.split(at_once), strict=True)
         sums = torch.cat([share @ tokens[of] for share, of in some]).transpose(0, 1)
         mass = torch.ones_like(tokens[0, :, 0])
         if side > 1:
@@ -199,21 +201,22 @@ class _Sums:
     def attend(self, query: Tensor, supports: Annotated) -> None:
         """Unit query tokens (B, n, D) in the space of affinity."""
         sharp = query.transpose(1, 2) / TEMPERATURES[0]
-        at_once = max(1, AFFINITIES_AT_ONCE // (query.shape[1] * supports.keys.shape[1]))
+        room = AFFINITIES_AT_ONCE if query.device.type == "cpu" else GPU_ROOM * AFFINITIES_AT_ONCE
+        at_once = max(1, room // (query.shape[1] * supports.keys.shape[1]))
         parts = (supports.episode(self.slots), supports.values(self.slots), supports.keys)
+        # cosines are 1 at most, so the largest exponent is known and no second pass over the shots is needed
+        largest, read = sharp.new_tensor([[[-1 / TEMPERATURES[0]]]]), []
         for episode, values, keys in zip(*(part.split(at_once) for part in parts), strict=True):
-            asking = sharp if len(sharp) == 1 else sharp[episode]
-            # cosines are 1 at most, so the largest exponent is known and no second pass over the shots is needed
-            attention = (keys @ asking).sub_(1 / TEMPERATURES[0]).exp_()
-            for number, temperature in enumerate(TEMPERATURES):
-                if number:
-                    attention.pow_(TEMPERATURES[number - 1] / temperature)
-                self.read[number].index_add_(0, episode, values @ attention)
+            asking = sharp.expand(len(keys), -1, -1) if len(sharp) == 1 else sharp[episode]
+            attention = torch.baddbmm(largest, keys, asking).exp_()
+            read.append([values @ attention])
+            for sharper, temperature in itertools.pairwise(TEMPERATURES):
+                read[-1].append(values @ attention.pow_(sharper / temperature))
+        self.read.index_add_(1, parts[0], torch.stack([torch.cat(some) for some in zip(*read, strict=True)]))
 
     def cosines(self, query: Tensor, prototypes: Tensor) -> list[Tensor]:
         """Unit query tokens (B, n, D) and prototypes (2, B * C, D) -> of the class and the rest, (B * C, n) each."""
-        ready = prototypes.unflatten(1, (-1, self.slots))
-        return list((query @ ready.transpose(2, 3)).transpose(2, 3).flatten(1, 2))
+        return list((prototypes.unflatten(1, (-1, self.slots)) @ query.transpose(1, 2)).flatten(1, 2))
 
     def odds(self) -> list[Tensor]:
         """Of each temperature (B * C, n): over the support tokens of all classes of an episode, which compete so."""

@@ -63,10 +63,11 @@ class PromptCompletion(nn.Module):
         grid, pairs = batch.support.shape[1:3], batch.sparse_pair
         image = support[batch.pair_support[pairs]]
         boxes = box_coverage(batch, grid).flatten(1)[pairs].to(support)
-        inside, outside = (F.normalize(torch.einsum("pn,pnd->pd", x, image), dim=-1) for x in (boxes, 1 - boxes))
-        leaning = torch.einsum("pnd,pd->pn", image, inside - outside)
-        on, off = (point_coverage(batch, grid, label).flatten(1)[pairs].to(support) for label in (1, 0))
-        return boxes, leaning, on, _most_alike(image, on), _most_alike(image, off)
+        inside, outside = F.normalize(torch.stack((boxes, 1 - boxes), 1) @ image, dim=-1).unbind(1)
+        leaning = (image @ (inside - outside)[..., None])[..., 0]
+        points = point_coverage(batch, grid).flatten(2)[:, pairs].to(support)
+        repelled, resembled = _most_alike(image, points, batch.points.shape[1])
+        return boxes, leaning, points[1], resembled, repelled
 
     def _completed(self, boxes: Tensor, leaning: Tensor, on: Tensor, resembled: Tensor, repelled: Tensor) -> Tensor:
         """(S, n) in 0..1: boxes and the cells of points, and the cosines that decide what belongs to them."""
@@ -76,11 +77,14 @@ class PromptCompletion(nn.Module):
         return torch.maximum(points, boxes)
 
 
-def _most_alike(image: Tensor, cells: Tensor) -> Tensor:
-    """image (P, n, D) unit features, cells (P, n) in 0..1 -> (P, n): cosine to the most similar token marked, or -1."""
-    most = int((cells > 0).sum(1).max())
+def _most_alike(image: Tensor, cells: Tensor, most: int) -> Tensor:
+    """image (P, n, D) unit features, cells (2, P, n) in 0..1, at most `most` of a row above 0 -> (2, P, n).
+
+    The cosine to the most similar token marked, or -1.
+    """
     if not most:
         return torch.full_like(cells, -1.0)
-    marked, index = cells.topk(most, dim=1)
-    keys = image.gather(1, index[..., None].expand(-1, -1, image.shape[-1]))
-    return (image @ keys.transpose(1, 2)).masked_fill(marked[:, None] == 0, -1.0).amax(-1)
+    marked, index = cells.topk(min(most, cells.shape[2]))
+    keys = image.gather(1, index.transpose(0, 1).flatten(1)[..., None].expand(-1, -1, image.shape[-1]))
+    alike = (image @ keys.transpose(1, 2)).unflatten(2, (2, -1)).movedim(2, 0)
+    return alike.masked_fill(marked[:, :, None] == 0, -1.0).amax(-1)

@@ -21,11 +21,9 @@ class TokenPool(nn.Module):
 
     def draw(self, seeds: Sequence[int], slots: int) -> Tensor:
         """(len(seeds), slots) row numbers, different within an episode, each episode's drawn by a seed of its own."""
-        drawn = []
-        for seed in seeds:
-            scores = torch.rand(len(self.rows) - 1, generator=torch.Generator().manual_seed(seed))
-            drawn.append(1 + scores.topk(slots - 1).indices)
-        return F.pad(torch.stack(drawn), (1, 0))
+        generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+        scores = torch.stack([torch.rand(len(self.rows) - 1, generator=generator) for generator in generators])
+        return F.pad(1 + scores.topk(slots - 1).indices, (1, 0))
 
     def fixed(self, episodes: int, slots: int) -> Tensor:
         """(episodes, slots): 0, 1, 2, ... in each, for evaluation."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ DEMO = "demo"
 _HERE = Path(__file__).parent
 DEMO_CHECKPOINT = _HERE / "hybrid_demo.safetensors"
 BUNDLED_WEIGHTS = {"vit_demo_patch8_128": _HERE / "vit_demo.safetensors"}
-_HEADER = "label_anything"
+_HEADER = "label_anything"  # the key in a .safetensors of all but the tensors, as JSON
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,19 @@ class Checkpoint:
     """A model in evaluation mode, and what a checkpoint says of itself.
 
     `features` names backbone, weights, weights_digest, image_size, preprocessing and layer; None where the checkpoint
-    does not say, as released ones. `digest` tells its weights from others.
+    does not say, as released ones. `digest` tells its weights from others. `training` holds the settings of its
+    training that it tells, among them `fold`.
     """
 
     model: LabelAnything | Hybrid
     features: dict[str, Any] | None
     name: str
     digest: str
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(source: Path | str) -> Checkpoint:
-    """A run's folder or `best.pt`, a .safetensors of `write_safetensors`, or "demo".
+    """A run's folder or `best.pt`, a .safetensors with all but the tensors as JSON in its header, or "demo".
 
     Raises InputError for one that is missing or no checkpoint.
     """
@@ -51,17 +53,11 @@ def read_checkpoint(source: Path | str) -> Checkpoint:
         saved = _of_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         model = load_state(saved).eval().requires_grad_(False)
         features = saved.get("features")
-        preset = json.loads(saved.get("train_config") or "{}").get("preset", saved.get("kind", "la"))
-        return Checkpoint(model, features, f"{preset}@{saved.get('step', 0)}", _digest(saved["state"]))
+        training = {"fold": saved.get("fold")} | json.loads(saved.get("train_config") or "{}")
+        name = f"{training.get('preset', saved.get('kind', 'la'))}@{saved.get('step', 0)}"
+        return Checkpoint(model, features, name, _digest(saved["state"]), training)
     except Exception as error:  # the unpickler's own, which is not exported, among many
         raise InputError(f"checkpoint {path} is not a Label Anything checkpoint ({error!s:.160}).") from error
-
-
-def write_safetensors(path: Path, saved: Mapping[str, Any]) -> None:
-    """A checkpoint without pickle: its tensors, the rest as JSON in the header."""
-    rest = {name: value for name, value in saved.items() if name != "state"}
-    state = {name: tensor.contiguous() for name, tensor in saved["state"].items()}
-    safetensors.torch.save_file(state, path, {_HEADER: json.dumps(rest)})
 
 
 def backbone_of(
@@ -102,6 +98,13 @@ def backbone_of(
             f"{checkpoint.model.config.channels}. Pass the backbone it was trained with."
         )
     return vit
+
+
+def write_safetensors(path: Path, saved: Mapping[str, Any]) -> None:
+    """A checkpoint without pickle: its tensors, the rest as JSON in the header."""
+    rest = {name: value for name, value in saved.items() if name != "state"}
+    state = {name: tensor.contiguous() for name, tensor in saved["state"].items()}
+    safetensors.torch.save_file(state, path, {_HEADER: json.dumps(rest)})
 
 
 def _of_safetensors(path: Path) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """What a model keeps of a support set, computed once, to segment any number of queries."""
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -14,25 +12,8 @@ from la.predictor.support_set import SupportSet
 SUPPORTS_AT_ONCE = 8  # whose maps are in memory together
 
 
-class Learned(Protocol):
-    """A support set as a model knows it; slot i + 1 is `classes[i]`, slot 0 the background."""
-
-    classes: tuple[str, ...]
-
-    def logits(self, query: Tensor) -> Tensor:
-        """Query features (B, h, w, Dv) on the model's device -> (B, C, 4h, 4w) float32."""
-        ...
-
-
-def learn(model: LabelAnything | Hybrid, supports: SupportSet, device: torch.device) -> Learned:
-    """Raises InputError for more classes than the model's token pool has rows for."""
-    if isinstance(model, Hybrid):
-        return Matched(model, supports, device)
-    return Prototypes(model, supports, device)
-
-
 class Prototypes:
-    """LA: one vector a class, `prototypes` (1, C, D)."""
+    """LA: one vector a class, `prototypes` (1, C, D); slot i + 1 is `classes[i]`, slot 0 the background."""
 
     @torch.inference_mode()
     def __init__(self, model: LabelAnything, supports: SupportSet, device: torch.device):
@@ -53,7 +34,7 @@ class Prototypes:
 
     @torch.inference_mode()
     def logits(self, query: Tensor) -> Tensor:
-        """See `Learned.logits`."""
+        """Query features (B, h, w, Dv) on the model's device -> (B, C, 4h, 4w) float32."""
         b = len(query)
         with autocast(query.device):
             return self.model.decode(query, self.prototypes.expand(b, -1, -1), self.slots.expand(b, -1)).float()
@@ -70,10 +51,18 @@ class Matched:
 
     @torch.inference_mode()
     def logits(self, query: Tensor) -> Tensor:
-        """See `Learned.logits`. One query after the other: affinities of several at once would fill the memory."""
+        """As of `Prototypes`, one query after the other: affinities of several at once would fill the memory."""
         return torch.cat([self._logits(one) for one in query.split(1)])
 
     def _logits(self, query: Tensor) -> Tensor:
         maps = self.model.matching.match(query, self.slots, [self.annotated])
         with autocast(query.device):
             return self.model.decode(query, maps, self.slots).float()
+
+
+Learned = Prototypes | Matched  # a support set as a model knows it
+
+
+def learn(model: LabelAnything | Hybrid, supports: SupportSet, device: torch.device) -> Learned:
+    """Raises InputError for more classes than the model's token pool has rows for."""
+    return (Matched if isinstance(model, Hybrid) else Prototypes)(model, supports, device)

@@ -20,8 +20,6 @@ from la.predictor.encoded_supports import Learned, Matched, Prototypes
 class LabelAnythingHeads(nn.Module):
     """query (1, h, w, Dv), prototypes (1, C, D) -> logits (1, C, 4h, 4w), slot 0 the background."""
 
-    inputs = ("query", "prototypes")
-
     def __init__(self, model: LabelAnything, ways: int):
         super().__init__()
         self.model = model
@@ -35,8 +33,6 @@ class HybridHeads(nn.Module):
     """query (1, h, w, Dv), and of P = ways * shots supports the rest of `la.model.matching.Annotated`: sums (2, P, Dv),
     keys (P, m, Dv), weight (P, m) and mass (m,) -> logits (1, C, 4h, 4w), slot 0 the background.
     """
-
-    inputs = ("query", "sums", "keys", "weight", "mass")
 
     def __init__(self, model: Hybrid, ways: int, shots: int):
         super().__init__()
@@ -64,17 +60,16 @@ def heads_inputs(learned: Learned) -> dict[str, Tensor]:
     if isinstance(learned, Prototypes):
         return {"prototypes": learned.prototypes.cpu()}
     assert isinstance(learned, Matched)
-    found = learned.annotated
-    shots = found.slot.bincount(minlength=len(learned.classes) + 1)[1:]
+    supports = learned.annotated
+    shots = supports.slot.bincount(minlength=len(learned.classes) + 1)[1:]
     if (shots != shots[0]).any():
         raise InputError(
             f"the classes have {', '.join(map(str, shots.tolist()))} supports; exported heads of the hybrid take as "
             "many of each. Choose with shots, or annotate as many photos for each."
         )
-    order = found.slot.argsort(stable=True)
-    photo = found.photo[order]
-    tensors = {"sums": found.sums[:, order], "keys": found.keys[photo], "weight": found.weight[order]}
-    tensors["mass"] = found.mass
+    order = supports.slot.argsort(stable=True)
+    keys, weight = supports.keys[supports.photo[order]], supports.weight[order]
+    tensors = {"sums": supports.sums[:, order], "keys": keys, "weight": weight, "mass": supports.mass}
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
@@ -86,20 +81,18 @@ def example_inputs(
     `keys` is how many the hybrid has of each support, by default where each shot is a photo of its own.
     """
     config, (h, w) = heads.model.config, grid
-    made = {"query": torch.randn(1, h, w, config.channels)}
+    query = torch.randn(1, h, w, config.channels)
     if isinstance(heads, LabelAnythingHeads):
-        return made | {"prototypes": torch.randn(1, heads.slots.shape[1], config.dim)}
+        return {"query": query, "prototypes": torch.randn(1, heads.slots.shape[1], config.dim)}
     pairs = len(heads.slot)
     keys = keys or keys_of(pairs, grid)
-    made |= {"sums": torch.randn(2, pairs, config.channels)}
-    made |= {"keys": torch.nn.functional.normalize(torch.randn(pairs, keys, config.channels), dim=-1)}
-    return made | {"weight": torch.rand(pairs, keys), "mass": torch.ones(keys)}
-
-
-def export_program(heads: LabelAnythingHeads | HybridHeads, inputs: dict[str, Tensor]) -> torch.export.ExportedProgram:
-    """By `torch.export`, for inputs of these shapes."""
-    with torch.no_grad():
-        return torch.export.export(heads, tuple(inputs.values()))
+    return {
+        "query": query,
+        "sums": torch.randn(2, pairs, config.channels),
+        "keys": nn.functional.normalize(torch.randn(pairs, keys, config.channels), dim=-1),
+        "weight": torch.rand(pairs, keys),
+        "mass": torch.ones(keys),
+    }
 
 
 def export_onnx(heads: LabelAnythingHeads | HybridHeads, inputs: dict[str, Tensor], path: Path) -> None:
@@ -108,12 +101,5 @@ def export_onnx(heads: LabelAnythingHeads | HybridHeads, inputs: dict[str, Tenso
         import onnxscript  # noqa: F401  torch's exporter needs it and says so less clearly
     except ImportError as error:
         raise InputError("ONNX export needs more packages: pip install 'label-anything[export]'.") from error
-    program = torch.onnx.export(
-        heads,
-        tuple(inputs.values()),
-        input_names=list(heads.inputs),
-        output_names=["logits"],
-        dynamo=True,
-        verbose=False,
-    )
-    program.save(path)
+    names = {"input_names": list(inputs), "output_names": ["logits"]}
+    torch.onnx.export(heads, tuple(inputs.values()), dynamo=True, verbose=False, **names).save(path)

@@ -5,13 +5,12 @@ predictor.set_support([photo], [{"cat": Points(inside=[(120, 80)]), "dog": Box(1
 masks, scores = predictor.segment(["query.jpg"])
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from la.backbone.vit import LAYER, Backbone
@@ -30,7 +29,7 @@ from la.predictor.support_set import (
     merged,
     save_supports,
 )
-from la.predictor.user_prompts import ClassPrompts, Prompt, check_prompts, coverage
+from la.predictor.user_prompts import Prompt, check_prompts, coverage
 
 PHOTOS_AT_ONCE = 8  # through the backbone, as when a feature store is made
 MOST_CLASSES = 65535  # labels of a mask
@@ -130,10 +129,7 @@ class Predictor:
         Raises InputError for a photo that cannot be used, and where no classes were shown.
         """
         result = Segmented([], [])
-        for start in range(0, len(images), PHOTOS_AT_ONCE):
-            photos = [open_photo(image) for image in images[start : start + PHOTOS_AT_ONCE]]
-            sizes = [(photo.height, photo.width) for photo in photos]
-            features = self._encode(photos)
+        for sizes, features in self._encoded(images):
             for found, kept in zip(self.segment_features(features, sizes, learned), result, strict=True):
                 kept += found
         return result
@@ -147,18 +143,12 @@ class Predictor:
                 f"there are {len(images)} support photos and prompts for {len(prompts)}; expected one dictionary from "
                 "class names to prompts for each photo."
             )
+        names = [name_of(image) for image in images]
         supports: list[Support] = []
-        for start in range(0, len(images), PHOTOS_AT_ONCE):
-            some = range(start, min(start + PHOTOS_AT_ONCE, len(images)))
-            photos = [open_photo(images[at]) for at in some]
-            names = [name_of(images[at]) for at in some]
-            shown = [
-                self._shown(prompts[at], (photo.height, photo.width), name)
-                for at, photo, name in zip(some, photos, names, strict=True)
-            ]
-            features = self._encode(photos).cpu()
-            sizes = [(photo.height, photo.width) for photo in photos]
-            supports += map(Support, names, sizes, features, shown)
+        for sizes, features in self._encoded(images):
+            for size, row in zip(sizes, features.cpu(), strict=True):
+                at = len(supports)
+                supports.append(Support(names[at], size, row, self._shown(prompts[at], size, names[at])))
         return SupportSet(tuple(supports), self.made_by, tuple(classes))
 
     def learn(self, supports: SupportSet) -> Learned:
@@ -170,9 +160,7 @@ class Predictor:
 
     def encode(self, images: Sequence[Photo]) -> Tensor:
         """Photos -> (n, h, w, Dv) float16 features on the model's device, those of a feature store."""
-        photos = [open_photo(image) for image in images]
-        chunks = (photos[start : start + PHOTOS_AT_ONCE] for start in range(0, len(photos), PHOTOS_AT_ONCE))
-        return torch.cat([self._encode(some) for some in chunks])
+        return torch.cat([features for _, features in self._encoded(images)])
 
     def segment_features(
         self, features: Tensor, sizes: Sequence[tuple[int, int]], learned: Learned | None = None
@@ -189,24 +177,22 @@ class Predictor:
             result.scores.append(scores.cpu().numpy())
         return result
 
-    def _encode(self, photos: Sequence[Image.Image]) -> Tensor:
-        """The same of at most PHOTOS_AT_ONCE photos that are opened."""
-        return self.backbone.encode(torch.stack([squash(photo, self.backbone.image_size) for photo in photos]))
+    def _encoded(self, images: Sequence[Photo]) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
+        """PHOTOS_AT_ONCE after PHOTOS_AT_ONCE, the (height, width) and the features (n, h, w, Dv) of photos."""
+        for start in range(0, len(images), PHOTOS_AT_ONCE):
+            photos = [open_photo(image) for image in images[start : start + PHOTOS_AT_ONCE]]
+            pixels = torch.stack([squash(photo, self.backbone.image_size) for photo in photos])
+            yield [(photo.height, photo.width) for photo in photos], self.backbone.encode(pixels)
 
     def _shown(self, prompts: PhotoPrompts, size: tuple[int, int], name: str) -> dict[str, PromptsOnSupport]:
         if not isinstance(prompts, Mapping) or not prompts:
             raise InputError(f"{name}: expected a dictionary from class names to prompts with at least one class.")
-        checked = {one: check_prompts(given, *size, f"{name}, class {one}") for one, given in prompts.items()}
-        return {
-            one: PromptsOnSupport(self._coverage(found), found.points, found.boxes) for one, found in checked.items()
-        }
-
-    def _coverage(self, prompts: ClassPrompts) -> Tensor | None:
-        """(s, s) uint8 of all masks of a class, each drawn by itself, as masks of a data set are."""
-        if not prompts.masks:
-            return None
-        drawn = sum(coverage(mask, self._mask_size).astype(np.uint32) for mask in prompts.masks)
-        return torch.from_numpy(np.minimum(drawn, 255).astype(np.uint8))
+        by_class = {}
+        for class_name, given in prompts.items():
+            masks, points, boxes = check_prompts(given, *size, f"{name}, class {class_name}")
+            mask = torch.from_numpy(coverage(masks, self._mask_size)) if masks else None
+            by_class[class_name] = PromptsOnSupport(mask, points, boxes)
+        return by_class
 
     def _checked(self, supports: SupportSet, what: str) -> SupportSet:
         if faults := differences(self.made_by, supports.made_by):

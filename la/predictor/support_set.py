@@ -74,20 +74,16 @@ class SupportSet:
         """These photos alone, in the order of the set; together they have to show all its classes."""
         return replace(self, supports=tuple(self.supports[at] for at in sorted(set(positions))))
 
-    def episode(self) -> Episode:
-        """The set as an episode whose image ids are positions of supports; its query is of no account."""
+    def batch(self, some: range | None = None) -> EpisodeBatch:
+        """The supports, or those at the positions `some`, packed as an episode whose query is the first support."""
         slots = {name: slot for slot, name in enumerate(self.classes)}
         pairs = [  # a mask is found by its slot, where an episode of a data set names annotations
             Pair(at, slots[name], (slots[name],) if one.mask is not None else (), one.points, one.boxes)
             for at, support in enumerate(self.supports)
             for name, one in sorted(support.shown.items(), key=lambda item: slots[item[0]])
         ]
-        return Episode(0, tuple(range(len(slots))), 0, tuple(range(len(self.supports))), tuple(pairs))
-
-    def batch(self, some: range | None = None) -> EpisodeBatch:
-        """The supports, or those at the positions `some`, packed; the query is the first support."""
         return pack(
-            [self.episode()],
+            [Episode(0, tuple(range(len(slots))), 0, tuple(range(len(self.supports))), tuple(pairs))],
             lambda ids: torch.stack([self.supports[at].features for at in ids]),
             lambda at, found: self.supports[at].shown[self.classes[found[0]]].mask.float() / 255,
             lambda at: self.supports[at].size,

@@ -32,7 +32,6 @@ class Box(NamedTuple):
 # `segmentation`, or its `bbox` [x, y, width, height] where it has none, and `points` [[x, y, label], ...], label 1 on
 # the object and 0 beside it, which COCO itself does not know.
 Prompt = np.ndarray | Points | Box | Mapping[str, Any]
-ACCEPTED_PROMPTS = "a mask array, Points, a Box or a COCO annotation"
 
 
 class ClassPrompts(NamedTuple):
@@ -53,88 +52,87 @@ def check_prompts(prompts: Prompt | Iterable[Prompt], height: int, width: int, w
     points: list[tuple[float, float, int]] = []
     boxes: list[tuple[float, float, float, float]] = []
     single = isinstance(prompts, np.ndarray | Points | Box | Mapping)
-    for prompt in [prompts] if single else prompts:
-        if isinstance(prompt, np.ndarray):
-            masks.append(_mask(prompt, height, width, where))
-        elif isinstance(prompt, Points):
-            points += [_point(p, 1, height, width, where) for p in prompt.inside]
-            points += [_point(p, 0, height, width, where) for p in prompt.outside]
-        elif isinstance(prompt, Box):
-            boxes.append(_box(prompt, height, width, where))
-        elif isinstance(prompt, Mapping):
-            drawn, pointed, boxed = _of_annotation(prompt, height, width, where)
-            masks += drawn
-            points += pointed
-            boxes += boxed
-        else:
-            raise InputError(f"{where}: a prompt is {type(prompt).__name__}; expected {ACCEPTED_PROMPTS}.")
-    if not masks and not boxes and not any(label for _, _, label in points):
-        found = "points beside the object alone" if points else "no prompt"
-        raise InputError(f"{where}: {found}; expected at least one mask, box or point on the object.")
+    try:
+        for prompt in [prompts] if single else prompts:
+            for part in _parts(prompt, height, width) if isinstance(prompt, Mapping) else [prompt]:
+                if isinstance(part, np.ndarray):
+                    masks.append(_mask(part, height, width))
+                elif isinstance(part, Points):
+                    points += [_point(point, 1, height, width) for point in part.inside]
+                    points += [_point(point, 0, height, width) for point in part.outside]
+                elif isinstance(part, Box):
+                    boxes.append(_box(part, height, width))
+                else:
+                    expected = "a mask array, Points, a Box or a COCO annotation"
+                    raise ValueError(f"a prompt is {type(part).__name__}; expected {expected}.")
+        if not masks and not boxes and not any(label for _, _, label in points):
+            given = "points beside the object alone" if points else "no prompt"
+            raise ValueError(f"{given}; expected at least one mask, box or point on the object.")
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
     return ClassPrompts(tuple(masks), tuple(points), tuple(boxes))
 
 
-def coverage(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Mask (H, W) -> (*size) uint8: the share of each cell that it covers, 255 = all."""
-    full = mask.astype(np.uint8) * np.uint8(255)
-    return np.asarray(Image.fromarray(full).resize(size[::-1], Image.Resampling.BOX))
+def coverage(masks: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Masks (H, W) -> (*size) uint8: the share of each cell that they cover, 255 = all.
+
+    Each is drawn by itself, as the masks of a data set are.
+    """
+    images = [Image.fromarray(mask.astype(np.uint8) * np.uint8(255)) for mask in masks]
+    drawn = sum(np.asarray(image.resize(size[::-1], Image.Resampling.BOX), np.uint32) for image in images)
+    return np.minimum(drawn, 255).astype(np.uint8)
 
 
-def _mask(mask: np.ndarray, height: int, width: int, where: str) -> np.ndarray:
+def _mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     if mask.shape != (height, width):
-        raise InputError(f"{where}: a mask is {mask.shape}; expected the photo's (height, width), {(height, width)}.")
+        raise ValueError(f"a mask is {mask.shape}; expected the photo's (height, width), {(height, width)}.")
     if not mask.any():
-        raise InputError(f"{where}: a mask has no pixel; mark some, or leave it out.")
+        raise ValueError("a mask has no pixel; mark some, or leave it out.")
     return mask != 0
 
 
-def _point(point: Any, label: int, height: int, width: int, where: str) -> tuple[float, float, int]:
+def _numbers(values: Any, count: int, what: str, expected: str) -> tuple[float, ...]:
     try:
-        x, y = map(float, point)
+        numbers = tuple(map(float, values))
+        if len(numbers) != count or not all(map(math.isfinite, numbers)):
+            raise ValueError
     except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: a point is {point!r:.60}; expected (x, y) in pixels.") from error
+        raise ValueError(f"{what} is {values!r:.60}; expected {expected} in pixels.") from error
+    return numbers
+
+
+def _point(point: Any, label: int, height: int, width: int) -> tuple[float, float, int]:
+    x, y = _numbers(point, 2, "a point", "(x, y)")
     if not (0 <= x <= width and 0 <= y <= height):
-        raise InputError(f"{where}: a point is ({x:g}, {y:g}), outside the photo of {width}x{height} pixels.")
+        raise ValueError(f"a point is ({x:g}, {y:g}), outside the photo of {width}x{height} pixels.")
     return x, y, label
 
 
-def _box(box: Any, height: int, width: int, where: str) -> tuple[float, float, float, float]:
-    try:
-        x0, y0, x1, y1 = map(float, box)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: a box is {box!r:.60}; expected left, top, right, bottom in pixels.") from error
-    if not all(map(math.isfinite, (x0, y0, x1, y1))):
-        raise InputError(f"{where}: a box is ({x0:g}, {y0:g}, {x1:g}, {y1:g}); expected numbers in pixels.")
+def _box(box: Any, height: int, width: int) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = _numbers(box, 4, "a box", "left, top, right, bottom")
     cut = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
     if cut[0] >= cut[2] or cut[1] >= cut[3]:
-        raise InputError(
-            f"{where}: a box is ({x0:g}, {y0:g}, {x1:g}, {y1:g}), which holds nothing of the photo of {width}x{height} "
-            "pixels; expected left < right and top < bottom."
+        raise ValueError(
+            f"a box is ({x0:g}, {y0:g}, {x1:g}, {y1:g}), which holds nothing of the photo of {width}x{height} pixels; "
+            "expected left < right and top < bottom."
         )
     return cut
 
 
-def _of_annotation(raw: Mapping[str, Any], height: int, width: int, where: str) -> tuple[list, list, list]:
+def _parts(raw: Mapping[str, Any], height: int, width: int) -> list[np.ndarray | Points | Box]:
+    """What a COCO annotation says: its mask or its box, and each of its points."""
     try:
-        points = [(float(x), float(y), int(label)) for x, y, label in raw.get("points") or ()]
+        points = [Points([p], ()) if int(label) > 0 else Points((), [p]) for *p, label in raw.get("points") or ()]
     except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: `points` of an annotation are not [[x, y, label], ...] ({error}).") from error
-    points = [_point((x, y), int(label > 0), height, width, where) for x, y, label in points]
+        raise ValueError(f"`points` of an annotation are not [[x, y, label], ...] ({error}).") from error
     shape, box = raw.get("segmentation"), raw.get("bbox")
     if shape:
         if isinstance(shape, Mapping) and isinstance(shape.get("counts"), bytes):  # as pycocotools' `encode` gives it
             shape = {**shape, "counts": shape["counts"].decode("latin-1")}
-        try:
-            mask = rle_tools.decode({"size": [height, width], "counts": compress(shape, height, width)})
-        except ValueError as error:
-            raise InputError(f"{where}: {error}") from error
-        return [_mask(mask, height, width, where)], points, []
+        return [rle_tools.decode({"size": [height, width], "counts": compress(shape, height, width)}), *points]
     if box:
-        try:
-            x, y, w, h = map(float, box)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{where}: bbox {box!r:.60} is not [x, y, width, height] in pixels.") from error
-        return [], points, [_box((x, y, x + w, y + h), height, width, where)]
+        x, y, w, h = _numbers(box, 4, "bbox", "[x, y, width, height]")
+        return [Box(x, y, x + w, y + h), *points]
     if not points:
-        raise InputError(f"{where}: an annotation has neither `segmentation` nor `bbox` nor `points`.")
-    return [], points, []
+        raise ValueError("an annotation has neither `segmentation` nor `bbox` nor `points`.")
+    return points

@@ -5,9 +5,10 @@ The dense grid is the released model's: an entry for every support and every cla
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from la.errors import InputError
 from la.evaluation.losses import focal_loss
 from la.model.attention import Attention
 from la.model.label_anything import LabelAnything, ModelConfig, preset
-from pipelines.bench.ratios import BenchResult, in_turn
+from pipelines.bench.ratios import BenchResult, in_turn, median_ratio
 from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.episodes.batches import BatchBuilder
 from pipelines.episodes.episode_shards import EpisodePlan, draw, evaluation_plan, repeated, training_plan
@@ -30,148 +31,117 @@ TRAINING, TESTING = (2, 4, 2), (1, 5, 5)  # (B, N, K)
 WAYS, MOST_SHOTS = 5, 20  # of the memory that shots cost
 
 
-@dataclass
 class _Setting:
-    """Three ways to the same logits, and real episodes of a store."""
+    """Three ways to the same logits, and real episodes on the training photos of a store."""
 
-    store: FeatureStore
-    model: LabelAnything
-    dense: LabelAnything  # the dense grid
-    plain: LabelAnything  # the dense grid, and attention that projects the whole feature map, as released
-    builders: dict[str, BatchBuilder] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, store: FeatureStore, name: str) -> Self:
+    def __init__(self, store: FeatureStore, name: str):
         config = preset(name, channels=store.info.channels)
         if not isinstance(config, ModelConfig):
             raise InputError(f"--preset {name} has no dense grid to compare with. Choose paper, official or debug.")
-        models = [LabelAnything(replace(config, absent_pairs=absent)) for absent in (False, True, True)]
-        for other in models[1:]:
-            other.load_state_dict(models[0].state_dict())
-        for part in models[2].modules():
+        self.model = LabelAnything(replace(config, absent_pairs=False))
+        self.dense = LabelAnything(replace(config, absent_pairs=True))  # the dense grid
+        self.plain = deepcopy(self.dense)  # and attention that projects the whole feature map, as released
+        for part in self.plain.modules():
             if isinstance(part, Attention):
                 part.absorb = False
-        return cls(store, *models)
+        for other in (self.dense, self.plain):
+            other.load_state_dict(self.model.state_dict())
+        self.store, self.root = store, store.path.parents[1]
+        self.builder = BatchBuilder(store, "train", config.mask_px)
 
-    def batches(self, plan: EpisodePlan, count: int) -> list[tuple[EpisodeBatch, Tensor]]:
-        builder = self.builder(plan.split)
+    def episodes(self, plan: EpisodePlan, number: int) -> list[Episode]:
         size = plan.batches[0][0]
-        drawn = [draw(plan, self.store, 0, n * size, (n + 1) * size) for n in range(count)]
-        return [(builder.pack(episodes).to("cpu"), builder.truth(episodes)) for episodes in drawn]
+        return draw(plan, self.store, 0, number * size, (number + 1) * size)
 
-    def builder(self, split: str) -> BatchBuilder:
-        if split not in self.builders:
-            self.builders[split] = BatchBuilder(self.store, split, self.model.config.mask_px)
-        return self.builders[split]
+    def testing_plan(self, ways: int, shots: int, fold: int = 0) -> EpisodePlan:
+        config = {"workspace": self.root, "classes": "seen", "split": "train", "fold": fold}
+        return evaluation_plan(EvaluateConfig(ways=ways, shots=shots, **config), 0)
 
+    def batch(self, episodes: list[Episode]) -> EpisodeBatch:
+        return self.builder.pack(episodes).to("cpu")
 
-def bench_model(store_path: Path, name: str = "official", repeats: int = 5, fold: int = 0) -> list[BenchResult]:
-    """Training and evaluation, packed against the dense grid, and the memory of 1 and of 20 shots. On the CPU."""
-    torch.manual_seed(0)
-    setting = _Setting.of(FeatureStore(store_path), name)
-    return [*_training(setting, fold, repeats), _testing(setting, fold, repeats), *_shots(setting, repeats)]
-
-
-def _training(setting: _Setting, fold: int, repeats: int) -> list[BenchResult]:
-    root = setting.store.path.parents[1]
-    work = setting.batches(training_plan(TrainConfig(workspace=root, fold=fold, batches=(TRAINING,))), repeats)
-
-    def step(model: LabelAnything, k: int) -> None:
-        batch, truth = work[k]
-        model.zero_grad(set_to_none=True)
-        focal_loss(model(batch), truth).backward()
-
-    memory = [peak_bytes(lambda model=model: step(model, 0)) for model in (setting.model, setting.plain)]
-    return [
-        _against_dense(setting, "forward and backward", TRAINING, 2.0, step, [batch for batch, _ in work]),
-        BenchResult(
-            "model: peak memory of forward and backward, packed over dense grid",
-            memory[0] / memory[1],
-            0.6,
-            "at most",
-            {"packed MB": memory[0] / 1e6, "dense MB": memory[1] / 1e6},
-        ),
-    ]
-
-
-def _testing(setting: _Setting, fold: int, repeats: int) -> BenchResult:
-    _, ways, shots = TESTING
-    root = setting.store.path.parents[1]
-    config = EvaluateConfig(workspace=root, fold=fold, ways=ways, shots=shots, classes="seen", split="train")
-    work = [batch for batch, _ in setting.batches(evaluation_plan(config, 0), repeats)]
-
-    @torch.inference_mode()
-    def predict(model: LabelAnything, k: int) -> None:
-        model(work[k])
-
-    return _against_dense(setting, "evaluation", TESTING, 2.5, predict, work)
-
-
-def _against_dense(
-    setting: _Setting,
-    name: str,
-    size: tuple[int, int, int],
-    bar: float,
-    run: Callable[[LabelAnything, int], None],
-    work: list[EpisodeBatch],
-) -> BenchResult:
-    packed, plain, dense = in_turn(
-        *(lambda k, model=model: run(model, k) for model in (setting.model, setting.plain, setting.dense)),
-        turns=list(range(len(work))),
-    )
-    return BenchResult(
-        f"model: {name}, dense grid over packed",
-        statistics.median(d / p for p, d in zip(packed, plain, strict=True)),
-        bar,
-        "at least",
-        {
+    def against_dense(
+        self, name: str, bar: float, run: Callable[[LabelAnything, int], None], work: list[EpisodeBatch], size: tuple
+    ) -> BenchResult:
+        packed, plain, dense = in_turn(
+            *(partial(run, model) for model in (self.model, self.plain, self.dense)), turns=range(len(work))
+        )
+        details = {
             "(B, N, K)": str(size),
             "pairs packed": statistics.fmean(len(batch.pair_support) for batch in work),
             "pairs dense": statistics.fmean(len(dense_grid(batch).pair_support) for batch in work),
             "packed s": statistics.median(packed),
             "dense s": statistics.median(plain),
             "dense s, with the packed one's attention": statistics.median(dense),
-        },
-    )
+        }
+        return BenchResult(
+            f"model: {name}, dense grid over packed", median_ratio(plain, packed), bar, "at least", details
+        )
+
+
+def bench_model(store_path: Path, name: str = "official", repeats: int = 5) -> list[BenchResult]:
+    """Training and evaluation, packed against the dense grid, and the memory of 1 and of 20 shots. On the CPU."""
+    torch.manual_seed(0)
+    setting = _Setting(FeatureStore(store_path), name)
+    return [*_training(setting, repeats), _testing(setting, repeats), *_shots(setting, repeats)]
+
+
+def _training(setting: _Setting, repeats: int) -> list[BenchResult]:
+    plan = training_plan(TrainConfig(workspace=setting.root, batches=(TRAINING,)))
+    drawn = [setting.episodes(plan, number) for number in range(repeats)]
+    work = [setting.batch(episodes) for episodes in drawn]
+    truths = [setting.builder.truth(episodes) for episodes in drawn]
+
+    def step(model: LabelAnything, number: int) -> None:
+        model.zero_grad(set_to_none=True)
+        focal_loss(model(work[number]), truths[number]).backward()
+
+    packed, dense = (peak_bytes(partial(step, model, 0)) for model in (setting.model, setting.plain))
+    memory = "model: peak memory of forward and backward, packed over dense grid"
+    details = {"packed MB": packed / 1e6, "dense MB": dense / 1e6}
+    return [
+        setting.against_dense("forward and backward", 2.0, step, work, TRAINING),
+        BenchResult(memory, packed / dense, 0.6, "at most", details),
+    ]
+
+
+def _testing(setting: _Setting, repeats: int) -> BenchResult:
+    plan = setting.testing_plan(*TESTING[1:])
+    work = [setting.batch(setting.episodes(plan, number)) for number in range(repeats)]
+
+    @torch.inference_mode()
+    def predict(model: LabelAnything, number: int) -> None:
+        model(work[number])
+
+    return setting.against_dense("evaluation", 2.5, predict, work, TESTING)
 
 
 def _shots(setting: _Setting, repeats: int) -> list[BenchResult]:
-    builder, model = setting.builder("train"), setting.model
-    config = EvaluateConfig(
-        workspace=setting.store.path.parents[1], ways=WAYS, shots=1, classes="seen", split="train", fold=FOLDS - 1
-    )
-    one = draw(evaluation_plan(config, 0), setting.store, 0, 0, 1)[0]
-    many = repeated(one, MOST_SHOTS)
-    query = builder.pack([one]).to("cpu").query
+    model = setting.model
+    single = setting.episodes(setting.testing_plan(WAYS, 1, fold=FOLDS - 1), 0)[0]
+    many = repeated(single, MOST_SHOTS)
+    query = setting.batch([single]).query
 
     @torch.inference_mode()
     def prototypes(episode: Episode) -> Tensor:
-        return model.prototypes(builder.chunks([episode], WAYS))
+        return model.prototypes(setting.builder.chunks([episode], WAYS))
 
     @torch.inference_mode()
     def segment(ready: Tensor) -> None:
         model.decode(query, ready, torch.ones(ready.shape[:2], dtype=torch.bool))
 
-    memory = [peak_bytes(lambda e=e: segment(prototypes(e))) for e in (one, many)]
+    few_bytes, most_bytes = (peak_bytes(lambda e=e: segment(prototypes(e))) for e in (single, many))
+    few, most = prototypes(single), prototypes(many)
     with torch.inference_mode():
-        apart = (prototypes(many) - model.prototypes(builder.pack([many]).to("cpu"))).abs().max().item()
-    few, lots = (prototypes(e) for e in (one, many))
-    seconds = in_turn(lambda _: segment(few), lambda _: segment(lots), turns=list(range(4 * repeats)))
+        apart = (most - model.prototypes(setting.batch([many]))).abs().max().item()
+    few_seconds, most_seconds = in_turn(lambda _: segment(few), lambda _: segment(most), turns=range(4 * repeats))
+    memory = f"model: peak memory of {WAYS}-way inference, {MOST_SHOTS} shots over 1"
+    details = {"1 shot MB": few_bytes / 1e6, f"{MOST_SHOTS} shots MB": most_bytes / 1e6, "chunked differs by": apart}
+    cached = f"model: a query against cached prototypes, {MOST_SHOTS} shots over 1"
+    seconds = {"seconds": statistics.median(most_seconds)}
     return [
-        BenchResult(
-            f"model: peak memory of {WAYS}-way inference, {MOST_SHOTS} shots over 1",
-            memory[1] / memory[0],
-            1.5,
-            "at most",
-            {"1 shot MB": memory[0] / 1e6, f"{MOST_SHOTS} shots MB": memory[1] / 1e6, "chunked differs by": apart},
-        ),
-        BenchResult(
-            f"model: a query against cached prototypes, {MOST_SHOTS} shots over 1",
-            statistics.median(b / a for a, b in zip(*seconds, strict=True)),
-            1.1,
-            "at most",
-            {"seconds": statistics.median(seconds[1])},
-        ),
+        BenchResult(memory, most_bytes / few_bytes, 1.5, "at most", details),
+        BenchResult(cached, median_ratio(most_seconds, few_seconds), 1.1, "at most", seconds),
     ]
 
 

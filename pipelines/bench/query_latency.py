@@ -50,15 +50,8 @@ def _latency(name: str, vit: Backbone, photos: list[np.ndarray], boxes: list[dic
     def backbone(_: int) -> None:
         vit.encode(squashed)
 
-    ours, theirs = in_turn(heads, backbone, turns=list(range(repeats)))
-    return BenchResult(
-        f"predict: the {name} heads against the backbone, {len(learned.classes)} ways, {len(boxes)} supports",
-        min(ours) / min(theirs),  # the least disturbed: work of some milliseconds is stretched by any other process
-        BAR,
-        "at most",
-        {
-            "heads ms": 1000 * min(ours),
-            "backbone ms": 1000 * min(theirs),
-            "threads": str(torch.get_num_threads()),
-        },
-    )
+    ours, theirs = in_turn(heads, backbone, turns=range(repeats))
+    name = f"predict: the {name} heads against the backbone, {len(learned.classes)} ways, {len(boxes)} supports"
+    details = {"heads ms": 1e3 * min(ours), "backbone ms": 1e3 * min(theirs), "threads": torch.get_num_threads()}
+    # the least disturbed: work of some milliseconds is stretched by any other process
+    return BenchResult(name, min(ours) / min(theirs), BAR, "at most", details)

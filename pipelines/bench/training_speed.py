@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from la.errors import InputError
-from pipelines.bench.ratios import BenchResult, workspace_beside
+from pipelines.bench.ratios import BenchResult, median_ratio, workspace_beside
 from pipelines.cluster import ray_session
 from pipelines.config import TrainConfig
 from pipelines.training.loop import REPORT_EVERY
@@ -54,22 +54,12 @@ def bench_training(
                 rates[workers].append(_rate(config.model_copy(update={"workers": workers})))
     bare, one, two = rates.values()
     details = {"bare steps/s": statistics.median(bare), "one worker": statistics.median(one)}
-    details |= {"two workers": statistics.median(two), "steps": str(steps), "repeats": str(repeats)}
+    details |= {"two workers": statistics.median(two), "steps": steps, "repeats": repeats}
+    alone = "training: Ray Train with one worker, steps a second against the same loop without Ray"
+    together = "training: two Ray Train workers, episodes a second against one"
     return [
-        BenchResult(
-            "training: Ray Train with one worker, steps a second against the same loop without Ray",
-            ratio=statistics.median(r / b for r, b in zip(one, bare, strict=True)),
-            bar=0.95,
-            sense="at least",
-            details=details,
-        ),
-        BenchResult(
-            "training: two Ray Train workers, episodes a second against one",
-            ratio=statistics.median(2 * t / o for t, o in zip(two, one, strict=True)),
-            bar=1.6,
-            sense="at least",
-            details=details,
-        ),
+        BenchResult(alone, median_ratio(one, bare), 0.95, "at least", details),
+        BenchResult(together, 2 * median_ratio(two, one), 1.6, "at least", details),
     ]
 
 

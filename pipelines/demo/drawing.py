@@ -20,15 +20,15 @@ def _polar(radii: np.ndarray, start: float = 0.0) -> np.ndarray:
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
+def _corners(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
+    return np.stack([x, y], axis=1).astype(float)
+
+
 def _crescent() -> np.ndarray:
     outer = np.linspace(0.2 * np.pi, 1.8 * np.pi, 40)
     inner = np.linspace(1.72 * np.pi, 0.28 * np.pi, 40)
-    return np.concatenate(
-        [
-            np.stack([np.cos(outer), np.sin(outer)], axis=1),
-            np.stack([0.42 + 0.68 * np.cos(inner), 0.76 * np.sin(inner)], axis=1),
-        ]
-    )
+    x = np.concatenate([np.cos(outer), 0.42 + 0.68 * np.cos(inner)])
+    return _corners(x, np.concatenate([np.sin(outer), 0.76 * np.sin(inner)]))
 
 
 def _heart() -> np.ndarray:
@@ -44,30 +44,15 @@ SHAPES: dict[str, np.ndarray] = {
     "square": _polar(np.full(4, 1.05), np.pi / 4),
     "triangle": _polar(np.full(3, 1.1), np.pi / 6),
     "star": _polar(np.tile([1.08, 0.45], 5)),
-    "cross": np.array(
-        [
-            [-1, -0.34],
-            [-0.34, -0.34],
-            [-0.34, -1],
-            [0.34, -1],
-            [0.34, -0.34],
-            [1, -0.34],
-            [1, 0.34],
-            [0.34, 0.34],
-            [0.34, 1],
-            [-0.34, 1],
-            [-0.34, 0.34],
-            [-1, 0.34],
-        ],
-        float,
+    "cross": _corners(
+        x=(-1, -0.34, -0.34, 0.34, 0.34, 1, 1, 0.34, 0.34, -0.34, -0.34, -1),
+        y=(-0.34, -0.34, -1, -1, -0.34, -0.34, 0.34, 0.34, 1, 1, 0.34, 0.34),
     ),
     "crescent": _crescent(),
     "heart": _heart(),
-    "arrow": np.array(
-        [[-1, -0.32], [0.05, -0.32], [0.05, -0.9], [1.05, 0], [0.05, 0.9], [0.05, 0.32], [-1, 0.32]], float
-    ),
-    "bar": np.array([[-1.05, -0.42], [1.05, -0.42], [1.05, 0.42], [-1.05, 0.42]], float),
-    "hourglass": np.array([[-0.85, -0.95], [0.85, -0.95], [0.2, 0], [0.85, 0.95], [-0.85, 0.95], [-0.2, 0]], float),
+    "arrow": _corners(x=(-1, 0.05, 0.05, 1.05, 0.05, 0.05, -1), y=(-0.32, -0.32, -0.9, 0, 0.9, 0.32, 0.32)),
+    "bar": _corners(x=(-1.05, 1.05, 1.05, -1.05), y=(-0.42, -0.42, 0.42, 0.42)),
+    "hourglass": _corners(x=(-0.85, 0.85, 0.2, 0.85, -0.85, -0.2), y=(-0.95, -0.95, 0, 0.95, 0.95, 0)),
 }
 
 
@@ -231,14 +216,8 @@ def compose(
             continue
         first = _contrasting(rng, [base], 0.45)
         second = _contrasting(rng, [base, first], 0.5)
-        thing = Thing(
-            shape,
-            texture,
-            (float(centre[0]), float(centre[1])),
-            float(diameter),
-            float(angle),
-            np.stack([first, second]),
-        )
+        colours = np.stack([first, second])
+        thing = Thing(shape, texture, tuple(centre.tolist()), float(diameter), float(angle), colours)
         _paint(canvas, cover, window, thing, textures[texture], rng)
         instances = after
         things.append(thing)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -18,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from pipelines.demo.drawing import SHAPES, TEXTURES, Scene, compose
+from pipelines.predict.mask_files import shape_of
 
-# Raised whenever the drawing changes, so that an older folder is not taken for a current one.
-VERSION = 2
+# Raised whenever the drawing or the files change, so that an older folder is not taken for a current one.
+VERSION = 3
 SPLITS = ("train2017", "val2017")
 FOLDS = 4
 RECORD = "scenes.json"
@@ -58,56 +58,6 @@ def draw_scene(seed: int, split: str, number: int, size: tuple[int, int] = (128,
     return compose(rng, kinds, size, list(SHAPES.values()), list(TEXTURES.values()))
 
 
-def visible_segmentation(mask: np.ndarray) -> list[list[float]] | dict:
-    """COCO segmentation of a boolean (H, W) mask, exact to the pixel when pycocotools decodes it.
-
-    One polygon along the pixel edges if the mask is one piece without a hole, otherwise an uncompressed
-    run-length encoding.
-    """
-    loops = _edge_loops(mask)
-    if len(loops) == 1:
-        return [[float(value) for point in loops[0] for value in point]]
-    flat = np.concatenate([[False], mask.ravel(order="F"), [not mask[-1, -1]]])
-    changes = np.flatnonzero(flat[1:] != flat[:-1])
-    counts = np.diff(np.concatenate([[0], changes])).tolist()
-    return {"size": list(mask.shape), "counts": counts}
-
-
-def _edge_loops(mask: np.ndarray) -> list[list[tuple[int, int]]]:
-    padded = np.pad(mask, 1).astype(np.int8)
-    ways: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    # Edges run with the mask on their right-hand side, so that each vertex has as many ways out as in.
-    down = np.diff(padded[1:-1], axis=1)
-    for y, x in np.argwhere(down == -1).tolist():
-        ways.setdefault((x, y), []).append((x, y + 1))
-    for y, x in np.argwhere(down == 1).tolist():
-        ways.setdefault((x, y + 1), []).append((x, y))
-    across = np.diff(padded[:, 1:-1], axis=0)
-    for y, x in np.argwhere(across == 1).tolist():
-        ways.setdefault((x, y), []).append((x + 1, y))
-    for y, x in np.argwhere(across == -1).tolist():
-        ways.setdefault((x + 1, y), []).append((x, y))
-    loops = []
-    while ways:
-        start = here = next(iter(ways))
-        step, loop = (0, 0), []
-        while True:
-            outs = ways[here]
-            # At a vertex where two pixels touch by a corner, the right turn keeps the pieces apart.
-            right = (here[0] - step[1], here[1] + step[0])
-            there = outs.pop(outs.index(right) if right in outs else 0)
-            if not outs:
-                del ways[here]
-            ahead = (there[0] - here[0], there[1] - here[1])
-            if ahead != step:
-                loop.append(here)
-            here, step = there, ahead
-            if here == start:
-                break
-        loops.append(loop)
-    return loops
-
-
 def _write_split(folder: Path, split: str, count: int, first_id: int, size: tuple[int, int], seed: int) -> None:
     images, annotations = [], []
     (folder / split).mkdir(parents=True)
@@ -120,31 +70,16 @@ def _write_split(folder: Path, split: str, count: int, first_id: int, size: tupl
         images.append({"id": image_id, "file_name": name, "height": size[0], "width": size[1]})
         for k, thing in enumerate(scene.things, start=1):
             mask = scene.instances == k
-            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            box = [columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]]
-            annotations.append(
-                {
-                    "id": 10 * image_id + k,
-                    "image_id": image_id,
-                    "category_id": PAIRS.index((thing.shape, thing.texture)) + 1,
-                    "segmentation": visible_segmentation(mask),
-                    "area": float(mask.sum()),
-                    "bbox": [float(value) for value in box],
-                    "iscrowd": 0,
-                }
-            )
+            annotation = {"id": 10 * image_id + k, "image_id": image_id, "iscrowd": 0, "area": float(mask.sum())}
+            annotation["category_id"] = PAIRS.index((thing.shape, thing.texture)) + 1
+            annotations.append(annotation | shape_of(mask))
     shapes = list(SHAPES)
     categories = [
-        {"id": position + 1, "name": CLASS_NAMES[position], "supercategory": shapes[shape]}
-        for position, (shape, _) in enumerate(PAIRS)
+        {"id": number, "name": name, "supercategory": shapes[shape]}
+        for number, (name, (shape, _)) in enumerate(zip(CLASS_NAMES, PAIRS, strict=True), start=1)
     ]
-    content = {
-        "info": {"description": f"synthetic scenes, version {VERSION}"},
-        "licenses": [],
-        "images": images,
-        "annotations": annotations,
-        "categories": categories,
-    }
+    info = {"description": f"synthetic scenes, version {VERSION}"}
+    content = {"info": info, "licenses": [], "images": images, "annotations": annotations, "categories": categories}
     (folder / "annotations").mkdir(exist_ok=True)
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
@@ -152,7 +87,7 @@ def _write_split(folder: Path, split: str, count: int, first_id: int, size: tupl
 def _record(root: Path) -> dict | None:
     try:
         return json.loads((root / RECORD).read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
 
 
@@ -174,32 +109,24 @@ def draw_scenes(
             f"need images of at least 64 pixels and one per split, got {size}, "
             f"{train_images} train and {val_images} val images"
         )
-    wanted = {
-        "version": VERSION,
-        "train_images": train_images,
-        "val_images": val_images,
-        "size": list(size),
-        "seed": seed,
-    }
+    sizes = {"train_images": train_images, "val_images": val_images, "size": list(size)}
+    wanted = {"version": VERSION, **sizes, "seed": seed}
     if _record(root) == wanted:
         return root
     if root.exists() and _record(root) is None and not (root.is_dir() and not any(root.iterdir())):
         raise FileExistsError(f"{root} exists and was not drawn by draw_scenes; name another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
-        drawn = partial / "drawn"
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as partial:
+        drawn = Path(partial, "drawn")
         _write_split(drawn, "train2017", train_images, 1, size, seed)
         _write_split(drawn, "val2017", val_images, 1 + train_images, size, seed)
         (drawn / RECORD).write_text(json.dumps(wanted))
         if root.exists():
-            os.replace(root, partial / "old")
+            os.replace(root, Path(partial, "old"))
         try:
             os.replace(drawn, root)
         except OSError:
             # Another process drawing the same data set was first; what it drew is the same.
             if _record(root) != wanted:
                 raise
-    finally:
-        shutil.rmtree(partial)
     return root

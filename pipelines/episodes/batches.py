@@ -1,20 +1,16 @@
 """Episodes of a store as tensors: features from its shards, masks from its annotations."""
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
 
 import numpy as np
 import torch
-from PIL import Image as Pillow
 from torch import Tensor
 from torch.nn import functional as F
 
-from la.data.coco import Dataset, decode, drawing_order, label_map
+from la.data.coco import drawing_order, label_map
 from la.episodes.batch import EpisodeBatch, pack
 from la.episodes.sampling import Episode
 from pipelines.store.reader import FeatureStore
-
-CACHE_BYTES = 300e6  # of small masks kept in memory by each process
 
 
 class BatchBuilder:
@@ -28,9 +24,7 @@ class BatchBuilder:
         self.dataset = store.dataset(split)
         self.truth_size = tuple(4 * n for n in store.info.grid)
         self.mask_size = (mask_px, mask_px) if mask_px else self.truth_size
-        # a cache of a method would hold the builder, and a builder that holds itself outlives its use by many trials
-        room = int(CACHE_BYTES / (self.mask_size[0] * self.mask_size[1]))
-        self._coverage = lru_cache(room)(partial(_draw_coverage, self.dataset))
+        self._small = {size: store.small_masks(split, size) for size in {self.truth_size, self.mask_size}}
 
     def pack(self, episodes: Sequence[Episode], supports: range | None = None) -> EpisodeBatch:
         """`supports`: only these positions of each episode's supports, see `la.episodes.batch.pack`."""
@@ -43,7 +37,14 @@ class BatchBuilder:
 
     def truth(self, episodes: Sequence[Episode]) -> Tensor:
         """(B, 4h, 4w) long: slots 0..N of each query at the decoder's own resolution, IGNORED where a crowd stands."""
-        return torch.stack([self._small_truth(e.query, e.classes) for e in episodes])
+        labels = np.zeros((len(episodes), *self.truth_size), np.int64)
+        small = self._small[self.truth_size]
+        for one, episode in zip(labels, episodes, strict=True):
+            # as `label_map` draws it, from small masks
+            for annotation, label in drawing_order(self.dataset.annotations[episode.query], episode.classes):
+                part, cells = small[annotation.id]
+                np.copyto(one[part], label, where=cells > 127)
+        return torch.from_numpy(labels)
 
     def full_truth(self, episode: Episode, size: tuple[int, int] | None = None) -> Tensor:
         """(H, W) uint8: slots 0..N of the query at the photo's own size, or resized to `size` without blending."""
@@ -60,21 +61,7 @@ class BatchBuilder:
 
     def _mask(self, image_id: int, annotation_ids: tuple[int, ...]) -> Tensor:
         union = np.zeros(self.mask_size, np.float32)
-        for one in annotation_ids:
-            union += self._coverage(image_id, one, self.mask_size)
-        return torch.from_numpy(union.clip(max=255) / 255)
-
-    def _small_truth(self, image_id: int, classes: Sequence[int]) -> Tensor:
-        """The label map drawn from small masks, in the order in which `label_map` draws it."""
-        labels = np.zeros(self.truth_size, np.int64)
-        for one, label in drawing_order(self.dataset.annotations[image_id], classes):
-            labels[self._coverage(image_id, one.id, self.truth_size) > 127] = label
-        return torch.from_numpy(labels)
-
-
-def _draw_coverage(dataset: Dataset, image_id: int, annotation_id: int, size: tuple[int, int]) -> np.ndarray:
-    """(*size) uint8: share of each cell that the instance covers, 255 = all."""
-    image = dataset.images[image_id]
-    one = next(a for a in dataset.annotations[image_id] if a.id == annotation_id)
-    mask = decode([one], image.height, image.width) * np.uint8(255)
-    return np.asarray(Pillow.fromarray(mask).resize(size[::-1], Pillow.Resampling.BOX))
+        for part, cells in map(self._small[self.mask_size].__getitem__, annotation_ids):
+            union[part] += cells
+        np.minimum(union, 255, out=union)
+        return torch.from_numpy(np.divide(union, 255, out=union))

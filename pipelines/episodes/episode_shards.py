@@ -2,12 +2,19 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,9 +22,10 @@ import torch
 
 from la.data.coco import Dataset
 from la.data.folds import FoldLists, fold_classes
-from la.episodes.protocols import QueryDraw, protocol_of
+from la.episodes.pool import MIN_AREA, Pool
+from la.episodes.protocols import protocol_of
 from la.episodes.retrieval import SupportIndex, descriptor
-from la.episodes.sampling import MIN_AREA, Episode, Pool, Retrieve, evaluation_episode, training_episode
+from la.episodes.sampling import Episode, Retrieve, evaluation_episode, training_episode
 from la.errors import InputError
 from pipelines.config import EvaluateConfig, TrainConfig
 from pipelines.episodes.episode_rows import (
@@ -35,6 +43,19 @@ from pipelines.store.reader import FeatureStore
 from pipelines.workspace import digest, write_text, write_whole
 
 ROWS_PER_PART = 4096
+DRAWERS = 8  # ranks of which one draws
+STEPS_AHEAD = 64  # of a group, at least, that are asked for before they are read
+PATIENCE = 60.0  # seconds that a part of another process is waited for; then it is drawn here
+
+
+class Part(NamedTuple):
+    """A file of episodes start..stop-1 of a group, `size` a batch."""
+
+    name: str
+    group: int
+    start: int
+    stop: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -47,12 +68,12 @@ class EpisodePlan:
     classes: str  # "seen", "unseen" or "all"
     seed: int
     batches: tuple[tuple[int, int, int], ...]  # (B, N, K), one group of shards each; testing has one, B = 1
-    count: int  # batches of each group
+    count: int | None  # batches of each group; None: without end, drawn while they are read
     prompt: str | None = None  # kind of prompt in testing
     mixed: tuple[str, ...] = ()  # kinds of prompt in training
     varied: bool = False  # whether shots vary from class to class in testing
     fold_lists: FoldLists = "interleaved"
-    query_draw: QueryDraw = "class"
+    query_draw: str = "class"
     min_area: int = MIN_AREA
     selection: str = "random"  # or "nearest": how the supports of a class are chosen in testing
     without: tuple[str, ...] = ()  # names of classes that are left out
@@ -60,6 +81,29 @@ class EpisodePlan:
     @property
     def name(self) -> str:
         return f"{self.protocol}/fold{self.fold}/{self.split}/{self.classes}/seed{self.seed}"
+
+    def batches_a_part(self, group: int) -> int:
+        """Batches in each part of a group but its last."""
+        return max(1, ROWS_PER_PART // self.batches[group][0])
+
+    def part(self, group: int, number: int) -> "Part":
+        """Part `number` of a group."""
+        size, ways, shots = self.batches[group]
+        full = self.batches_a_part(group)
+        stop = (number + 1) * full if self.count is None else min((number + 1) * full, self.count)
+        name = f"b{size}-n{ways}-k{shots}-{number:05d}.parquet"
+        return Part(name, group, number * full * size, stop * size, size)
+
+    @property
+    def parts(self) -> list["Part"]:
+        """All parts; of a plan without end the first of each group, which are drawn with its manifest."""
+        groups = range(len(self.batches))
+        return [self.part(g, n) for g in groups for n in range(-(-(self.count or 1) // self.batches_a_part(g)))]
+
+    @property
+    def episodes(self) -> int:
+        """Number of episodes in `parts`."""
+        return sum(part.stop - part.start for part in self.parts)
 
     def folder(self, store: FeatureStore) -> Path:
         drawn_by = [store.key] if self.selection == "nearest" else []  # by features, all else by annotations
@@ -69,7 +113,7 @@ class EpisodePlan:
 
 
 def training_plan(config: TrainConfig) -> EpisodePlan:
-    count = -(-config.train_batches // len(config.batches))
+    count = config.train_batches and -(-config.train_batches // len(config.batches))
     drawn = {"batches": config.batches, "count": count, "mixed": config.prompts, "fold_lists": config.fold_lists}
     return EpisodePlan("la-train", config.fold, "train", config.classes, config.seed, **drawn)
 
@@ -196,22 +240,84 @@ class EpisodeShards:
         return places, [to_episode(*found[place], self._dataset) for place in places]
 
     def _rows(self, group: int, position: int) -> list[tuple[Path, dict]]:
-        size, ways, shots = self._plan.batches[group]
-        part, row_group = divmod(position % self._plan.count, _batches_per_part(size))
-        path = self.folder / _part_name(size, ways, shots, part)
-        return [(path, row) for row in rows_of_group(path, self._open(path), row_group, size)]
+        position = position if self._plan.count is None else position % self._plan.count
+        number, row_group = divmod(position, self._plan.batches_a_part(group))
+        part = self._plan.part(group, number)
+        path = self._file(part)
+        return [(path, row) for row in rows_of_group(path, self._open(path), row_group, part.size)]
+
+    def _file(self, part: Part) -> Path:
+        return self.folder / part.name
 
     def __iter__(self) -> Iterator[Episode]:
-        for size, ways, shots in self._plan.batches:
-            left = self._plan.count
-            for part in range(-(-left // _batches_per_part(size))):
-                path = self.folder / _part_name(size, ways, shots, part)
-                file, wanted = open_part(path), size * min(left, _batches_per_part(size))
-                if file.metadata.num_rows != wanted:
-                    raise damaged_episodes(path, f"it has {file.metadata.num_rows} episodes, not {wanted}")
-                left -= _batches_per_part(size)
-                for rows in rows_of_part(path, file):
-                    yield from (to_episode(path, row, self._dataset) for row in rows)
+        for part in self._plan.parts:
+            path, wanted = self._file(part), part.stop - part.start
+            file = open_part(path)
+            if file.metadata.num_rows != wanted:
+                raise damaged_episodes(path, f"it has {file.metadata.num_rows} episodes, not {wanted}")
+            for rows in rows_of_part(path, file):
+                yield from (to_episode(path, row, self._dataset) for row in rows)
+
+
+class EpisodeStream(EpisodeShards):
+    """Episodes of a plan without end, whose parts are drawn shortly before they are read, by processes beside training.
+
+    One rank of DRAWERS, so about one of each node, has such a process; the others wait for its files. Parts stay on the
+    disk: for the run when it goes on, and for others of the same plan, however long.
+    """
+
+    def __init__(self, plan: EpisodePlan, store: FeatureStore):
+        super().__init__(plan.folder(store), plan, store.dataset(plan.split))
+        self._store = store
+        self._drawer: subprocess.Popen | None = None
+        self._asked: set[str] = set()  # names of parts that are being drawn
+
+    def share(self, group: int, step: int, rank: int = 0, world: int = 1) -> tuple[list[int], list[Episode]]:
+        full = self._plan.batches_a_part(group)
+        last = (step + 1) * world - 1 + max(full // 2, STEPS_AHEAD * world)
+        for number in range(step * world // full, last // full + 1):
+            turn = (group + number) % -(-world // DRAWERS) * DRAWERS
+            part = self._plan.part(group, number)
+            if rank == turn and part.name not in self._asked and not (self.folder / part.name).exists():
+                self._asked.add(part.name)
+                self._ask(part)
+        return super().share(group, step, rank, world)
+
+    def _file(self, part: Part) -> Path:
+        path, until = super()._file(part), time.monotonic() + PATIENCE
+        while not path.exists():
+            ended = part.name in self._asked and self._drawer.poll() is not None
+            if ended or time.monotonic() > until:  # if its disk is full, this one says so
+                _write_part(self._plan, self._store, self.folder, part)
+            time.sleep(0.05)
+        self._asked.discard(part.name)
+        return path
+
+    def _ask(self, part: Part) -> None:
+        if self._drawer is None:
+            program = f"from {__name__} import draw_on_request; draw_on_request()"
+            # not of this session, so that Ctrl-C is this process's to answer; it ends when its input is closed
+            settings = {"cwd": Path(__file__).parents[2], "stdin": subprocess.PIPE, "start_new_session": True}
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            self._drawer = subprocess.Popen([sys.executable, "-c", program], bufsize=0, **settings, **quiet)
+            weakref.finalize(self, self._drawer.stdin.close)
+            self._write_line([self._plan.__dict__, str(self._store.path), str(self.folder)])
+        self._write_line(part)
+
+    def _write_line(self, content: object) -> None:
+        with suppress(BrokenPipeError):
+            self._drawer.stdin.write(f"{json.dumps(content)}\n".encode())
+
+
+def draw_on_request() -> None:
+    """What a drawing process does: write the parts that it reads from its input, a line each, until that ends."""
+    os.nice(5)
+    settings, path, folder = json.loads(sys.stdin.readline())
+    lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
+    plan = EpisodePlan(**settings | lists | {"batches": tuple(map(tuple, settings["batches"]))})
+    store = FeatureStore(Path(path))
+    for line in sys.stdin:
+        _write_part(plan, store, Path(folder), Part(*json.loads(line)))
 
 
 def _work(pair: dict) -> int:
@@ -231,24 +337,18 @@ def dealt(costs: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def ensure_episodes(plan: EpisodePlan, store: FeatureStore, workers: int = 0) -> EpisodeShards:
-    """The shards of `plan`, drawn and written where they are not there yet.
+    """The shards of `plan`, drawn and written where they are not there yet; of a plan without end the first ones.
 
     `workers` processes draw parts side by side; parts that an earlier, killed run finished are kept.
     """
     folder = plan.folder(store)
     if not (folder / "manifest.json").exists():
-        jobs = []
-        for group, (size, ways, shots) in enumerate(plan.batches):
-            per_part = _batches_per_part(size)
-            for part, first in enumerate(range(0, plan.count, per_part)):
-                last = min(plan.count, first + per_part)
-                path = folder / _part_name(size, ways, shots, part)
-                jobs.append((plan, store.path, group, first * size, last * size, size, path))
+        jobs = [(plan, store.path, folder, part) for part in plan.parts]
         if workers > 1:
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
                 digests = list(executor.map(_write_part, *zip(*jobs, strict=True)))
         else:
-            digests = [_write_part(plan, store, *job[2:]) for job in jobs]
+            digests = [_write_part(plan, store, folder, part) for part in plan.parts]
         pool = pool_of(plan, store)
         most_shots = max(k for _, _, k in plan.batches) if plan.prompt else 1
         manifest = {
@@ -256,27 +356,26 @@ def ensure_episodes(plan: EpisodePlan, store: FeatureStore, workers: int = 0) ->
             "plan": plan.__dict__,
             "dataset_digest": store.dataset(plan.split).digest,
             "min_area_px": plan.min_area,
-            "episodes": sum(size * plan.count for size, _, _ in plan.batches),
+            "episodes": plan.episodes,
             "classes_drawn": pool.usable(most_shots),
             "classes_skipped": pool.skipped(most_shots),
             "digest": digest(digests, 16),
         }
         write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
-    return EpisodeShards(folder, plan, store.dataset(plan.split))
+    return EpisodeStream(plan, store) if plan.count is None else EpisodeShards(folder, plan, store.dataset(plan.split))
 
 
-def _write_part(
-    plan: EpisodePlan, store: FeatureStore | Path, group: int, start: int, stop: int, size: int, path: Path
-) -> str:
+def _write_part(plan: EpisodePlan, store: FeatureStore | Path, folder: Path, part: Part) -> str:
     """Draw and write one part, one row group a training batch; returns its content digest."""
+    path = folder / part.name
     if path.exists():
         return digest_of_part(path)
     store = FeatureStore(store) if isinstance(store, Path) else store
-    episodes = draw(plan, store, group, start, stop)
+    episodes = draw(plan, store, part.group, part.start, part.stop)
     content = hashlib.sha256(json.dumps(episodes).encode()).hexdigest()
     rows = [e._asdict() | {"pairs": [p._asdict() for p in e.pairs]} for e in episodes]
     table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({"digest": content})
-    row_group = size if plan.prompt is None else 64  # training reads batches at random, testing all in order
+    row_group = part.size if plan.prompt is None else 64  # training reads batches at random, testing all in order
     options = {
         "row_group_size": row_group,
         "compression": "zstd",
@@ -285,11 +384,3 @@ def _write_part(
     }
     write_whole(path, lambda temporary: pq.write_table(table, temporary, **options))
     return content
-
-
-def _batches_per_part(size: int) -> int:
-    return max(1, ROWS_PER_PART // size)
-
-
-def _part_name(size: int, ways: int, shots: int, part: int) -> str:
-    return f"b{size}-n{ways}-k{shots}-{part:05d}.parquet"

@@ -9,7 +9,7 @@ import torch
 from la.device import autocast, pick_device
 from la.episodes.protocols import protocol_of
 from la.episodes.sampling import Episode
-from la.evaluation.metrics import EpisodeScore, FewShotIoU, bootstrap_interval, score_episode
+from la.evaluation.metrics import EpisodeScore, FewShotIoU, interval_of, resampled_means, score_episode
 from la.model.decoder import segment
 from pipelines.config import EvaluateConfig
 from pipelines.episodes.batches import BatchBuilder
@@ -30,6 +30,7 @@ class EvaluateResult:
     std: float
     per_seed: list[float]
     interval: tuple[float, float]  # 95 %, of the mean, episodes resampled within each seed
+    resampled: tuple[float, ...]  # the means of those resamples
     fb_iou: float
     per_class: dict[str, float]  # class name -> IoU over the episodes of all seeds
     episodes_per_class: dict[str, int]
@@ -40,6 +41,20 @@ class EvaluateResult:
     method: str
     protocol: str
     store: str
+
+    def title(self, config: EvaluateConfig) -> str:
+        """What was evaluated on what."""
+        return f"{self.method}, fold {config.fold}, {config.classes} classes of {config.split}"
+
+    def summary(self, config: EvaluateConfig) -> str:
+        """The result in a sentence."""
+        spread = f" +- {self.std:.2f}" if config.seeds > 1 else ""
+        return (
+            f"{config.ways}-way {config.shots}-shot, {config.prompt} prompts: mIoU {self.miou:.2f}{spread} over "
+            f"{config.seeds} seeds x {config.episodes} episodes, {self.classes_drawn} classes; "
+            f"95 % of resampled episodes {self.interval[0]:.2f} to {self.interval[1]:.2f}, "
+            f"FB-IoU {self.fb_iou:.2f}; protocol {config.protocol}, episodes {self.episodes_digest}"
+        )
 
 
 def evaluate(config: EvaluateConfig, on_progress: Callable[[int, int], None] | None = None) -> EvaluateResult:
@@ -71,12 +86,13 @@ def evaluate(config: EvaluateConfig, on_progress: Callable[[int, int], None] | N
         digests.append(shards.digest)
         total += scores
     per_seed = [scores.miou() for scores in of_seeds]
-    names = store.dataset(config.split).categories
+    names, resampled = store.dataset(config.split).categories, resampled_means(of_seeds)
     result = EvaluateResult(
         miou=statistics.fmean(per_seed),
         std=statistics.stdev(per_seed) if len(per_seed) > 1 else 0.0,
         per_seed=per_seed,
-        interval=bootstrap_interval(of_seeds),
+        interval=interval_of(resampled),
+        resampled=tuple(round(mean, 3) for mean in resampled.tolist()),
         fb_iou=total.fb_iou(),
         per_class={names[c]: iou for c, iou in total.per_class().items()},
         episodes_per_class={names[c]: n for c, n in total.episodes_per_class().items()},

@@ -89,6 +89,14 @@ def load_checkpoint(config: EvaluateConfig, store: FeatureStore, device: torch.d
     return model, f"generalist {name}" if generalist else name
 
 
+def with_checkpoint(config: EvaluateConfig) -> EvaluateConfig:
+    """The settings with their checkpoint named, so that they stay true when another run is finished."""
+    if config.method != "la" or config.checkpoint:
+        return config
+    store = FeatureStore(Workspace(config.workspace).find_store(config.store))
+    return config.model_copy(update={"checkpoint": latest_run(config, store)})
+
+
 def latest_run(config: EvaluateConfig, store: FeatureStore) -> Path:
     """The run finished last that has not seen the classes to be tested; InputError where there is none."""
     workspace, lists, finished = Workspace(config.workspace), protocol_of(config.protocol).folds, []

@@ -5,6 +5,7 @@ an embedding of each (support, class) pair; an affinity method compares the quer
 """
 
 import json
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from la.device import pick_device
 from la.errors import InputError
 from la.evaluation.baselines import BASELINES
 from la.model.label_anything import preset
+from pipelines.config import ProfileConfig
 from pipelines.evaluation.profile_cell import SPLIT, WAYS, Cell, measure
 from pipelines.remote_path import path_or_uri
 from pipelines.store.reader import FeatureStore
@@ -118,30 +120,31 @@ class ProfileResult:
         return list(dict.fromkeys(row.note for row in self.rows if row.note))
 
 
-def run_profile(
-    workspace: Path, shots: list[int], methods: list[str], backbone: bool = True, on_row=None, **settings
-) -> ProfileResult:
-    """Measure every method at every number of shots, from features and, with `backbone`, from photos too.
+def run_profile(config: ProfileConfig, on_row: Callable[[int, int, ProfileRow], None] | None = None) -> ProfileResult:
+    """Measure every method at every number of shots, from features and, if asked for, from photos too.
 
-    `settings` are those of `Cell`, and `store`, a key; `on_row` gets (rows done, of all, the row). Rows that need
-    photos or weights that are not there say so. Raises InputError for settings that cannot be used.
+    `on_row` gets (rows done, of all, the row). Rows that need photos or weights that are not there say so. Raises
+    InputError for settings that cannot be used.
     """
-    path = Workspace(workspace).find_store(settings.pop("store", None))
-    cell = Cell(path, methods[0] if methods else "", 1, False, **settings)
-    _check(cell, shots, methods)
+    workspace, backbone = Workspace(config.workspace), config.from_photos
+    shots, methods = sorted(config.shots), config.methods
+    names = ("preset", "checkpoint", "weights", "fold", "repeats", "supports_at_once", "device", "threads")
+    settings = {name: getattr(config, name) for name in names}
+    cell = Cell(workspace.find_store(config.store), methods[0] if methods else "", 1, False, **settings)
+    _check(cell, methods)
     missing = _missing_for_backbone(cell) if backbone else None
     cells = [
         replace(cell, method=method, shots=k, backbone=photos)
         for photos in ((False, True) if backbone else (False,))
         for method in methods
-        for k in sorted(shots)
+        for k in shots
     ]
     rows = []
     for each in cells:
         rows.append(_row(each, missing))
         if on_row:
             on_row(len(rows), len(cells), rows[-1])
-    result = ProfileResult(rows, Workspace(workspace).artifacts / "profile.json")
+    result = ProfileResult(rows, workspace.artifacts / "profile.json")
     written = [asdict(r) | {"with_episode_mb": r.with_episode_mb, "beyond_mb": r.beyond_mb} for r in rows]
     content = {
         "settings": {
@@ -174,14 +177,12 @@ def _row(cell: Cell, missing: str | None) -> ProfileRow:
         return replace(row, note=f"{cell.method}, {cell.shots} shots: {str(error).splitlines()[0]}")
 
 
-def _check(cell: Cell, shots: list[int], methods: list[str]) -> None:
+def _check(cell: Cell, methods: Sequence[str]) -> None:
     unknown = [name for name in methods if name not in ("la", "hybrid", *BASELINES)]
     if unknown or not methods:
         raise InputError(
             f"--methods names {', '.join(unknown) or 'none'}; choose from la, hybrid, {', '.join(BASELINES)}."
         )
-    if not shots or min(shots) < 1:
-        raise InputError(f"--shots is {','.join(map(str, shots))!r}; expected numbers from 1 on, such as 1,2,5,10.")
     if cell.fold not in range(FOLDS):
         raise InputError(f"--fold is {cell.fold}; expected 0 to {FOLDS - 1}.")
     if cell.checkpoint and not cell.checkpoint.exists():
@@ -195,11 +196,11 @@ def _missing_for_backbone(cell: Cell) -> str | None:
     info = FeatureStore(cell.store).info
     folder = path_or_uri(info.coco_dir) / info.splits[SPLIT].name
     if not folder.is_dir():
-        return f"from photos: {folder} is not there. Put the store's photos back there, or pass --no-backbone."
+        return f"from photos: {folder} is not there. Put the store's photos back there, or pass --no-from-photos."
     if cell.weights is None and not info.weights.startswith("hub:"):
         return (
             f"from photos: the store was made with a weights file of {info.weights[:19]}..., which it does not hold. "
-            f"Pass --weights FILE, the weights of {info.backbone}, or --no-backbone."
+            f"Pass --weights FILE, the weights of {info.backbone}, or --no-from-photos."
         )
     given = identify_weights(info.backbone, cell.weights)
     if given != info.weights:

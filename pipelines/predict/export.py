@@ -10,7 +10,7 @@ import torch
 from la.errors import InputError
 from la.predictor.checkpoint import read_checkpoint
 from la.predictor.encoded_supports import learn
-from la.predictor.fixed_heads import example_inputs, export_onnx, export_program, heads_inputs, heads_of
+from la.predictor.fixed_heads import example_inputs, export_onnx, heads_inputs, heads_of
 from la.predictor.support_set import merged
 from pipelines.predict.support_files import saved_classes
 from pipelines.workspace import write_whole
@@ -51,31 +51,27 @@ def export_heads(
         grid = supports.supports[0].features.shape[0]
     if ways is None:
         raise InputError("nothing says how many classes the heads are for: pass --ways or --prototypes.")
-    side = grid or _grid(known.features)
+    if grid is None and "grid" not in (known.features or {}):
+        raise InputError("the checkpoint does not say how large its feature maps are. Pass --grid, their side.")
+    side = grid or known.features["grid"][0]
     heads = heads_of(known.model, ways, shots)
     keys = kept["keys"].shape[1] if "keys" in kept else None
     # traced with the first numbers, held against the model on others: what a trace took for constant shows
     traced, inputs = (example_inputs(heads, (side, side), keys) for _ in range(2))
     if out.suffix == ".pt2":
-        program = export_program(heads, traced)
+        with torch.no_grad():
+            program = torch.export.export(heads, tuple(traced.values()))
         write_whole(out, lambda temporary: _saved(program, temporary))
         module = program.module()
         difference = float((module(*inputs.values()) - heads(**inputs)).abs().max())
     else:
         write_whole(out, lambda temporary: export_onnx(heads, traced, temporary))
         difference = _onnx_difference(heads, inputs, out)
-    beside = None
-    if names:
-        beside = out.with_suffix(".npz")
-        arrays = {name: tensor.numpy() for name, tensor in kept.items()} | {"classes": np.array(names)}
-        write_whole(beside, lambda temporary: _npz(temporary, arrays))
-    return ExportReport(out, beside, difference)
-
-
-def _grid(features: dict | None) -> int:
-    if features is None or "grid" not in features:
-        raise InputError("the checkpoint does not say how large its feature maps are. Pass --grid, their side.")
-    return features["grid"][0]
+    if not names:
+        return ExportReport(out, None, difference)
+    arrays = {name: tensor.numpy() for name, tensor in kept.items()} | {"classes": np.array(names)}
+    write_whole(out.with_suffix(".npz"), lambda temporary: _npz(temporary, arrays))
+    return ExportReport(out, out.with_suffix(".npz"), difference)
 
 
 def _saved(program: torch.export.ExportedProgram, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Masks as files: PNG with a palette, overlays, COCO results."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -44,22 +44,29 @@ def shape_of(mask: np.ndarray) -> dict[str, object]:
     return {"segmentation": shape, "bbox": rle_tools.toBbox(rle).tolist()}
 
 
+def coco_file(
+    photos: Iterable[tuple[str, tuple[int, int], Iterable[dict[str, object]]]], classes: Sequence[str]
+) -> dict[str, list[dict]]:
+    """COCO instances of (file name, (height, width), annotations) of each photo; category i + 1 is `classes[i]`."""
+    images, annotations = [], []
+    for image_id, (name, (height, width), marked) in enumerate(photos, 1):
+        images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        for annotation in marked:
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0, **annotation})
+    categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
 def coco_results(mask: np.ndarray, scores: Sequence[float], category_ids: Sequence[int]) -> list[dict[str, object]]:
     """One COCO result for each class that has pixels: compressed RLE, box [x, y, width, height] and score.
 
     `image_id`, which COCO wants in each, is left to the caller.
     """
-    results = []
-    for label in np.unique(mask):
-        if label:
-            results.append(
-                {
-                    "category_id": category_ids[label - 1],
-                    **shape_of(mask == label),
-                    "score": round(float(scores[label - 1]), 4),
-                }
-            )
-    return results
+    return [
+        {"category_id": category_ids[at], **shape_of(mask == at + 1), "score": round(float(scores[at]), 4)}
+        for at in range(len(scores))
+        if (mask == at + 1).any()
+    ]
 
 
 def _legend(image: Image.Image, shown: Sequence[tuple[int, str]]) -> None:

@@ -13,9 +13,11 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -72,11 +74,9 @@ def predict(config: PredictConfig, on_progress: Callable[[int, int, float], None
         started, already = time.perf_counter(), len(photos) - len(todo)
         for start in range(0, len(todo), PHOTOS_AT_ONCE):
             some = todo[start : start + PHOTOS_AT_ONCE]
-            for photo, found in _segmented(some, predictor, learned_of, skipped):
-                image, mask, scores = found
+            for photo, image, mask, scores in _segmented(some, predictor, learned_of, skipped):
                 _write(config.out, photos[photo].name, image, mask, supports.classes)
-                results = coco_results(mask, scores, list(category_ids.values()))
-                ledger.add(photo, mask.shape, results)
+                ledger.add(photo, mask.shape, coco_results(mask, scores, list(category_ids.values())))
             if on_progress:
                 done = start + len(some)
                 on_progress(already + done, len(photos), done / (time.perf_counter() - started))
@@ -88,8 +88,7 @@ def predict(config: PredictConfig, on_progress: Callable[[int, int, float], None
     return PredictReport(made, already, skipped, made / seconds, supports.classes, results)
 
 
-@dataclass(frozen=True)
-class _Photo:
+class _Photo(NamedTuple):
     id: int  # in the results
     name: str  # of its files
 
@@ -140,12 +139,7 @@ def _chooser(config: PredictConfig, predictor: Predictor, supports: SupportSet) 
     learn = lru_cache(LEARNED_KEPT)(lambda positions: predictor.learn(supports.only(positions)))
     if config.support_selection == "random":
         chance = random.Random(f"supports/{config.seed}")
-        everything = range(len(supports.supports))
-        chosen = (
-            everything
-            if config.shots is None
-            else _of_each(supports, lambda showing: sorted(showing, key=lambda _: chance.random())[: config.shots])
-        )
+        chosen = _of_each(supports, lambda showing: sorted(showing, key=lambda _: chance.random())[: config.shots])
         learned = learn(tuple(sorted(chosen)))
         return lambda features: learned
     index = supports.index()
@@ -164,7 +158,7 @@ def _of_each(supports: SupportSet, choose: Callable[[list[int]], list[int]]) -> 
 
 def _segmented(
     paths: Sequence[Path], predictor: Predictor, learned_of: Callable[[Tensor], Learned], skipped: dict[str, str]
-) -> Iterator[tuple[Path, tuple[Image.Image, np.ndarray, np.ndarray]]]:
+) -> Iterator[tuple[Path, Image.Image, np.ndarray, np.ndarray]]:
     opened = {}
     for path in paths:
         try:
@@ -176,7 +170,7 @@ def _segmented(
     for (path, photo), features in zip(opened.items(), predictor.encode(list(opened.values())), strict=True):
         size = [(photo.height, photo.width)]
         masks, scores = predictor.segment_features(features[None], size, learned_of(features))
-        yield path, (photo, masks[0], scores[0])
+        yield path, photo, masks[0], scores[0]
 
 
 def _write(out: Path, name: str, photo: Image.Image, mask: np.ndarray, classes: Sequence[str]) -> None:
@@ -190,17 +184,13 @@ class _Ledger:
 
     def __init__(self, path: Path, key: str):
         self.done: dict[str, dict] = {}
-        lines = path.read_text().splitlines() if path.is_file() else []
         head = json.dumps({"key": key})
-        if lines and lines[0] == head:
-            for line in lines[1:]:
-                try:
-                    entry = json.loads(line)
-                except ValueError:  # the line that was being written when the process was killed
-                    continue
+        first, *lines = (path.read_text().splitlines() if path.is_file() else []) or [head]
+        for line in lines if first == head else ():
+            with suppress(ValueError):  # the line that was being written when the process was killed
+                entry = json.loads(line)
                 self.done[entry["photo"]] = entry
-        kept = [head, *map(json.dumps, self.done.values())]
-        write_text(path, "".join(line + "\n" for line in kept))
+        write_text(path, "\n".join([head, *map(json.dumps, self.done.values()), ""]))
         self._path = path
 
     def has(self, photo: Path) -> bool:

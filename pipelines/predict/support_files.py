@@ -19,6 +19,7 @@ from la.predictor.checkpoint import Checkpoint
 from la.predictor.support_set import SupportSet, load_supports
 from la.predictor.user_prompts import Box, Points, Prompt
 
+AnnotatedPhoto = tuple[Photo, dict[str, list[Prompt]]]  # with its prompts by class name
 NEGATIVE = "negative"  # flag or description of a labelme point that is not on the object
 
 
@@ -42,29 +43,28 @@ def read_support_files(
     what cannot be read and where nothing is left.
     """
     source = Path(source)
+    ids: dict[str, int] = {}
     if source.is_dir():
-        found = _of_labelme_files(sorted(source.glob("*.json")), source, photos)
-    elif source.is_file():
-        content = _json(source)
-        labelme = "shapes" in content
-        found = _of_labelme_files([source], source, photos) if labelme else _of_coco(source, content, photos)
-    else:
+        read = [_of_labelme(file, _json(file), photos) for file in sorted(source.glob("*.json"))]
+        if not read:
+            raise InputError(f"--support {source} has no .json in it; expected labelme's, one beside each photo.")
+    elif not source.is_file():
         raise InputError(f"--support {source} is not there. Pass a COCO instances file or a folder of labelme JSON.")
-    return _only(found, classes, source)
-
-
-def _only(found: SupportFiles, classes: Collection[str] | None, source: Path) -> SupportFiles:
-    known = sorted({name for prompts in found.prompts for name in prompts})
+    elif "shapes" in (content := _json(source)):
+        read = [_of_labelme(source, content, photos)]
+    else:
+        read, ids = _of_coco(source, content, photos)
+    known = sorted({name for _, prompts in read for name in prompts})
     if missing := sorted(set(classes or ()) - set(known)):
         raise InputError(f"--classes {', '.join(missing)}: {source} annotates {', '.join(known) or 'none'}.")
     kept = [
         (photo, chosen)
-        for photo, prompts in zip(found.photos, found.prompts, strict=True)
+        for photo, prompts in read
         if (chosen := {name: given for name, given in prompts.items() if not classes or name in classes})
     ]
     if not kept:
         raise InputError(f"--support {source} annotates nothing; expected at least one object on one photo.")
-    return SupportFiles([photo for photo, _ in kept], [chosen for _, chosen in kept], found.category_ids)
+    return SupportFiles([photo for photo, _ in kept], [prompts for _, prompts in kept], ids)
 
 
 def saved_classes(paths: Sequence[Path], checkpoint: Checkpoint) -> list[SupportSet]:
@@ -82,7 +82,7 @@ def saved_classes(paths: Sequence[Path], checkpoint: Checkpoint) -> list[Support
     return sets
 
 
-def _of_coco(file: Path, content: dict, photos: Path | None) -> SupportFiles:
+def _of_coco(file: Path, content: dict, photos: Path | None) -> tuple[list[AnnotatedPhoto], dict[str, int]]:
     try:
         categories = {int(one["id"]): str(one["name"]) for one in content["categories"]}
         images = {int(one["id"]): one for one in content["images"]}
@@ -102,8 +102,8 @@ def _of_coco(file: Path, content: dict, photos: Path | None) -> SupportFiles:
         ) from error
     for number, path in zip(shown, paths, strict=True):
         _same_size(path, (images[number].get("height"), images[number].get("width")), file)
-    ids = {name: number for number, name in categories.items()}
-    return SupportFiles(list(paths), [by_image[number] for number in shown], ids)
+    read = [(path, by_image[number]) for number, path in zip(shown, paths, strict=True)]
+    return read, {name: number for number, name in categories.items()}
 
 
 def _coco_photo(file: Path, name: str, photos: Path | None) -> Path:
@@ -124,15 +124,7 @@ def _inside(folder: Path, name: str) -> Path | None:
     return path if path.resolve().is_relative_to(folder.resolve()) else None
 
 
-def _of_labelme_files(files: list[Path], source: Path, photos: Path | None) -> SupportFiles:
-    if not files:
-        raise InputError(f"--support {source} has no .json in it; expected labelme's, one beside each photo.")
-    read = [_of_labelme(file, photos) for file in files]
-    return SupportFiles([photo for photo, _ in read], [prompts for _, prompts in read], {})
-
-
-def _of_labelme(file: Path, photos: Path | None) -> tuple[Photo, dict[str, list[Prompt]]]:
-    content = _json(file)
+def _of_labelme(file: Path, content: dict, photos: Path | None) -> AnnotatedPhoto:
     try:
         size = int(content["imageHeight"]), int(content["imageWidth"])
         photo = _labelme_photo(file, content, photos)
@@ -140,9 +132,9 @@ def _of_labelme(file: Path, photos: Path | None) -> tuple[Photo, dict[str, list[
         prompts: dict[str, list[Prompt]] = {}
         for number, shape in enumerate(content["shapes"]):
             prompts.setdefault(str(shape["label"]), []).append(_labelme_prompt(shape, size, f"{file}: shape {number}"))
+    except InputError:  # which is a ValueError
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
             f"{file} is not labelme JSON ({type(error).__name__}: {error}); expected `imagePath`, `imageHeight`, "
             "`imageWidth` and `shapes`. Save it anew with labelme."

@@ -1,1 +1,1 @@
-"""What a training run leaves on disk, and how it is resumed."""
+"""What a training run leaves on disk: name, code and checkpoints. How it is resumed: `pipelines.training.resume`."""

@@ -4,6 +4,8 @@ last.pt            where the run goes on; it carries a copy of best.pt, from whi
 last.previous.pt   the one before, for when last.pt is damaged
 last.new.pt        seen only after a kill between the renames that make it last.pt
 best.pt            the best on seen classes: what evaluation takes
+
+When they are read again: `pipelines.training.resume`.
 """
 
 import errno
@@ -90,32 +92,6 @@ def load_last(run_dir: Path) -> dict | None:
                 stacklevel=2,
             )
     return None
-
-
-def restore_best(run_dir: Path, last: dict | None) -> None:
-    """Write best.pt anew from the run's last checkpoint where it is missing or damaged, with a warning.
-
-    Raises InputError where a finished run's best.pt cannot be restored.
-    """
-    finished = (run_dir / "result.json").exists()
-    if last is None and not finished:
-        return
-    try:
-        load(run_dir / BEST)
-        return
-    except FileNotFoundError:
-        fault = f"{run_dir / BEST} is missing."
-    except DamagedCheckpoint as error:
-        fault = str(error)
-    best = last.get("best") if last else None
-    if best:
-        save(run_dir / BEST, best)
-        warnings.warn(f"{fault} It was restored from {LAST}.", CheckpointWarning, stacklevel=2)
-    elif finished:
-        raise InputError(
-            f"{fault} No whole last.pt is there to restore it from. Remove {run_dir} and run the same command again, "
-            "which trains from the start."
-        )
 
 
 @contextmanager

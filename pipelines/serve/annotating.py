@@ -3,15 +3,15 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 from la.predictor.user_prompts import Box, Points, Prompt
-from pipelines.predict.mask_files import shape_of
+from pipelines.predict.mask_files import coco_file, shape_of
 from pipelines.serve.jobs import Upload
+from pipelines.serve.result_files import template
 
 Tool = Literal["inside", "outside", "box", "brush", "eraser"]
 # Told apart by most colour-blind people as well (Okabe and Ito, "Color Universal Design", 2008); then around again.
@@ -28,7 +28,7 @@ class ShownClass:
 
     @property
     def rgb(self) -> tuple[int, int, int]:
-        return tuple(bytes.fromhex(self.colour[1:]))
+        return ImageColor.getrgb(self.colour)
 
     @property
     def text_colour(self) -> str:
@@ -69,14 +69,18 @@ class AnnotatedPhoto:
 
     def prompts(self, classes: Sequence[ShownClass]) -> dict[str, list[Prompt]]:
         """Class name -> prompts; classes without any, and those with points beside the object alone, are absent."""
-        found = {one.name: self._prompts_of(one.number) for one in classes}
-        return {name: prompts for name, prompts in found.items() if any(map(_shows, prompts))}
+        marked = {each.name: self._prompts_of(each.number) for each in classes}
+        return {
+            name: prompts
+            for name, prompts in marked.items()
+            if any(not isinstance(prompt, Points) or prompt.inside for prompt in prompts)
+        }
 
     def annotations(self, classes: Sequence[ShownClass]) -> list[dict]:
         """The prompts as COCO annotations, by `category_id` = position of the class from 1 on."""
         kept = self.prompts(classes)
         return [
-            {"category_id": at, "iscrowd": 0, **_annotation(prompt)}
+            {"category_id": at, **_annotation(prompt)}
             for at, one in enumerate(classes, 1)
             for prompt in kept.get(one.name, ())
         ]
@@ -90,26 +94,23 @@ class AnnotatedPhoto:
         mask = painted([m for m in mine if m.tool in ("brush", "eraser")], self.size)
         return [*prompts, mask] if mask.any() else prompts
 
-    def drawing(self, classes: Sequence[ShownClass], under_way: Mark | None = None) -> str:
-        """SVG, in pixels of the photo, of all marks, and of the one that is being made."""
-        marks = [*self.marks, under_way] if under_way else self.marks
+    def drawing(
+        self,
+        classes: Sequence[ShownClass],
+        under_way: Mark | None = None,
+        cursor: tuple[float, float] | None = None,
+    ) -> str:
+        """SVG, in pixels of the preview, of all marks, and of the one that is being made."""
         height, width = self.size
-        unit = max(height, width) / 100
-        parts = []
-        for one in classes:
-            strokes = [m for m in marks if m.number == one.number and m.tool in ("brush", "eraser")]
-            if strokes:
-                lines = "".join(_line(m, "white" if m.tool == "brush" else "black") for m in strokes)
-                parts.append(f'<mask id="painted-{one.number}">{lines}</mask>')
-                parts.append(
-                    f'<rect width="{width}" height="{height}" fill="{one.colour}" fill-opacity="0.55" '
-                    f'mask="url(#painted-{one.number})"/>'
-                )
-        colours = {one.number: one for one in classes}
-        for mark in marks:
-            if mark.number in colours:
-                parts.append(_shape(mark, colours[mark.number], unit))
-        return "".join(parts)
+        return template("marks.svg").render(
+            classes={each.number: each for each in classes},
+            marks=[*self.marks, under_way] if under_way else self.marks,
+            cursor=cursor,
+            scale=1 / self.reduction,
+            height=height,
+            width=width,
+            unit=max(height, width) / 100,
+        )
 
 
 class Session:
@@ -164,14 +165,8 @@ class Session:
 
     def support_file(self) -> dict:
         """The classes and marks as a COCO file, as `cli.py predict --support` reads it beside the photos."""
-        images, annotations = [], []
-        for image_id, photo in enumerate(self.photos, 1):
-            height, width = photo.size
-            images.append({"id": image_id, "file_name": photo.upload.name, "height": height, "width": width})
-            for one in photo.annotations(self.classes):
-                annotations.append({"id": len(annotations) + 1, "image_id": image_id, **one})
-        categories = [{"id": at, "name": one.name} for at, one in enumerate(self.classes, 1)]
-        return {"images": images, "annotations": annotations, "categories": categories}
+        photos = [(photo.upload.name, photo.size, photo.annotations(self.classes)) for photo in self.photos]
+        return coco_file(photos, [each.name for each in self.classes])
 
 
 def corners(path: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -193,10 +188,6 @@ def painted(strokes: Sequence[Mark], size: tuple[int, int]) -> np.ndarray:
     return np.asarray(canvas).copy()
 
 
-def _shows(prompt: Prompt) -> bool:
-    return not isinstance(prompt, Points) or bool(prompt.inside)
-
-
 def _annotation(prompt: Prompt) -> dict:
     if isinstance(prompt, Box):
         x, y, w, h = prompt.x0, prompt.y0, prompt.x1 - prompt.x0, prompt.y1 - prompt.y0
@@ -204,31 +195,3 @@ def _annotation(prompt: Prompt) -> dict:
     if isinstance(prompt, Points):
         return {"points": [[*p, 1] for p in prompt.inside] + [[*p, 0] for p in prompt.outside], "area": 0}
     return shape_of(prompt) | {"area": int(prompt.sum())}
-
-
-def _line(mark: Mark, colour: str) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (*mark.path, mark.path[-1]))
-    return (
-        f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{mark.width:.1f}" '
-        'stroke-linecap="round" stroke-linejoin="round"/>'
-    )
-
-
-def _shape(mark: Mark, of: ShownClass, unit: float) -> str:
-    """A point as a circle with + or -, a box as a frame, each on a dark edge that is seen on any photo."""
-    title = f"<title>{escape(of.name)}</title>"
-    (x, y), (x1, y1) = mark.path[0], mark.path[-1]
-    if mark.tool == "box":
-        frame = f'<rect x="{x:.1f}" y="{y:.1f}" width="{x1 - x:.1f}" height="{y1 - y:.1f}" fill="none" '
-        edge = f'{frame} stroke="black" stroke-width="{1.4 * unit:.2f}"/>'
-        return f'<g>{title}{edge}{frame} stroke="{of.colour}" stroke-width="{0.8 * unit:.2f}"/></g>'
-    if mark.tool in ("inside", "outside"):
-        arm = 0.9 * unit
-        cross = f"M{x - arm:.1f},{y:.1f}h{2 * arm:.1f}"
-        cross += f"M{x:.1f},{y - arm:.1f}v{2 * arm:.1f}" if mark.tool == "inside" else ""
-        disc = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{1.8 * unit:.2f}" fill="{of.colour}" stroke="black" '
-        return (
-            f'<g>{title}{disc} stroke-width="{0.4 * unit:.2f}"/>'
-            f'<path d="{cross}" stroke="{of.text_colour}" stroke-width="{0.5 * unit:.2f}"/></g>'
-        )
-    return ""

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ from fastapi import APIRouter, FastAPI, File, Form, Request, Response, UploadFil
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, Json
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from la.errors import InputError
 from pipelines.serve.jobs import ClassSet, Jobs, Refused, Upload
 from pipelines.serve.result_files import coco_document, png
-from pipelines.serve.service import MB, NAME_LENGTH, Service, by_class
+from pipelines.serve.service import MB, NAME_LENGTH, Service
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 ClassName = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -126,7 +126,7 @@ def build_api(service: Service) -> FastAPI:
     app.mount("/api", partial(_nothing_there, router))  # else the page, which is at /, would answer with a page
     for kind in (InputError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
-    app.add_middleware(RequestLimit, max_bytes=service.config.max_request_mb * MB)
+    app.add_middleware(RequestLimit, max_mb=service.config.max_request_mb)
     return app
 
 
@@ -148,7 +148,7 @@ def _routes(service: Service) -> APIRouter:
         uploads = [await _received(service, photo, f"photos.{at}") for at, photo in enumerate(photos)]
         done = await service.queue.run(Jobs.show, list(zip(uploads, prompts, strict=True)), names)
         number = service.class_sets.add(done.value)
-        return _summary(number, done.value, done.seconds, done.queue_seconds)
+        return _summary(number, done.value, seconds=done.seconds, queue_seconds=done.queue_seconds)
 
     @router.get("/class-sets/{class_set_id}", responses=_problems(404, 422))
     async def get_class_set(class_set_id: str) -> ClassSetSummary:
@@ -186,36 +186,40 @@ def _routes(service: Service) -> APIRouter:
         upload = await _received(service, photo, "photo")
         done = await service.queue.run(Jobs.segment, class_set, upload)
         scores = [round(float(score), 4) for score in done.value.scores]
-        times = {"seconds": round(done.seconds, 4), "queue_seconds": round(done.queue_seconds, 4)}
         headers = {
             "X-Scores": json.dumps(scores),
-            "X-Seconds": str(times["seconds"]),
-            "X-Queue-Seconds": str(times["queue_seconds"]),
+            "X-Seconds": str(done.seconds),
+            "X-Queue-Seconds": str(done.queue_seconds),
         }
         if output == "png":
             data = await asyncio.to_thread(png, done.value.mask)
             return Response(data, media_type="image/png", headers=headers)
         classes = class_set.supports.classes
         document = await asyncio.to_thread(coco_document, [(upload.name, done.value.mask, scores)], classes)
-        document |= {"scores": dict(zip(classes, scores, strict=True))} | times
-        return JSONResponse(SegmentedPhoto(**document).model_dump(), headers=headers)
+        answer = SegmentedPhoto(
+            **document,
+            scores=dict(zip(classes, scores, strict=True)),
+            seconds=done.seconds,
+            queue_seconds=done.queue_seconds,
+        )
+        return JSONResponse(answer.model_dump(), headers=headers)
 
     return router
 
 
-def _of_each_photo(annotations: list[Annotation], count: int) -> list[Mapping[str, list]]:
-    shown: list[list[tuple[str, object]]] = [[] for _ in range(count)]
+def _of_each_photo(annotations: list[Annotation], count: int) -> list[dict[str, list]]:
+    prompts: list[dict[str, list]] = [{} for _ in range(count)]
     for at, one in enumerate(annotations):
         if one.photo >= count:
             message = f"annotation {at} is for photo {one.photo}; there are {count} photos, from 0 on."
             raise Refused(422, "no_such_photo", f"annotations.{at}.photo", message)
         prompt = one.model_dump(exclude={"photo", "class_name"}, exclude_none=True)
-        shown[one.photo].append((one.class_name, prompt))
-    for at, some in enumerate(shown):
-        if not some:
-            message = f"photo {at} has no annotation; say what it shows, or leave it out."
-            raise Refused(422, "no_annotation", f"photos.{at}", message)
-    return [by_class(some) for some in shown]
+        prompts[one.photo].setdefault(one.class_name, []).append(prompt)
+    if {} in prompts:
+        at = prompts.index({})
+        message = f"photo {at} has no annotation; say what it shows, or leave it out."
+        raise Refused(422, "no_annotation", f"photos.{at}", message)
+    return prompts
 
 
 async def _received(service: Service, file: UploadFile, field: str) -> Upload:
@@ -228,15 +232,8 @@ def _at_most(found: int, most: int, what: str, field: str) -> None:
         raise Refused(413, f"too_many_{what}", field, f"there are {found} {what}; at most {most} are taken.")
 
 
-def _summary(number: str, class_set: ClassSet, seconds: float = 0.0, queue_seconds: float = 0.0) -> ClassSetSummary:
-    supports = class_set.supports
-    return ClassSetSummary(
-        id=number,
-        classes=list(supports.classes),
-        shots=supports.shots,
-        seconds=round(seconds, 4),
-        queue_seconds=round(queue_seconds, 4),
-    )
+def _summary(number: str, class_set: ClassSet, **times: float) -> ClassSetSummary:
+    return ClassSetSummary(id=number, classes=class_set.supports.classes, shots=class_set.supports.shots, **times)
 
 
 async def _nothing_there(router: APIRouter, scope: Scope, receive: Receive, send: Send) -> None:
@@ -258,46 +255,33 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
         status, problem = 422, Problem(code="invalid", message=f"{field}: {first['msg']}.", field=field)
     else:
         assert isinstance(error, HTTPException)
-        codes = {400: "malformed", 404: "not_found", 405: "method_not_allowed"}
+        codes = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
         status, headers = error.status_code, error.headers
         problem = Problem(code=codes.get(status, "refused"), message=str(error.detail))
     return JSONResponse(problem.model_dump(), status, headers)
 
 
 class RequestLimit:
-    """Requests of more bytes end with 413, whether they say their length or not, before they fill the disk."""
+    """ASGI: larger requests end with 413, whether they say their length or not, before they fill the disk."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
-        self._app, self._max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_mb: int):
+        self._app, self._max_mb = app, max_mb
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Raises HTTPException into what reads a request that does not say its length."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        message = f"the request has more than {self._max_bytes // MB} MB, the most that is taken at once."
-        too_large = JSONResponse(Problem(code="request_too_large", message=message).model_dump(), 413)
-        stated = dict(scope["headers"]).get(b"content-length", b"0")
-        if stated.isdigit() and int(stated) > self._max_bytes:
-            return await too_large(scope, receive, send)
-        taken, refused = 0, False
+        error = HTTPException(413, f"the request has more than {self._max_mb} MB, the most that is taken at once.")
+        if int(Headers(scope=scope).get("content-length", 0)) > self._max_mb * MB:
+            return await (await _answer(Request(scope), error))(scope, receive, send)
+        taken = 0
 
         async def counted() -> Message:
-            nonlocal taken, refused
+            nonlocal taken
             part = await receive()
             taken += len(part.get("body", b""))
-            if taken > self._max_bytes:
-                refused = True
-                raise HTTPException(413)
+            if taken > self._max_mb * MB:
+                raise error
             return part
 
-        async def answered(part: Message) -> None:
-            if not refused:  # whatever the application makes of the cut
-                await send(part)
-
-        try:
-            await self._app(scope, counted, answered)
-        except HTTPException:
-            if not refused:
-                raise
-        if refused:
-            await too_large(scope, receive, send)
+        await self._app(scope, counted, send)

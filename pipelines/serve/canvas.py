@@ -51,11 +51,8 @@ class Canvas:
 
     def draw(self) -> None:
         """The marks, and the one under way."""
-        photo = self._session.photo
-        if photo is None:
-            return
-        drawing = photo.drawing(self._session.classes, self._under_way())
-        self.image.set_content(f'<g transform="scale({1 / photo.reduction})">{drawing}{self._cross()}</g>')
+        if photo := self._session.photo:
+            self.image.set_content(photo.drawing(self._session.classes, self._under_way(), self._cursor))
 
     def undo(self) -> None:
         """The last action on this photo."""
@@ -131,10 +128,3 @@ class Canvas:
         else:
             self._cursor = x, y
             self._begin((x, y), event.args["shift"])
-
-    def _cross(self) -> str:
-        if self._cursor is None:
-            return ""
-        (x, y), arm = self._cursor, 0.03 * max(self._session.photo.size)
-        line = f'<path d="M{x - arm},{y}h{2 * arm}M{x},{y - arm}v{2 * arm}" fill="none" '
-        return f'{line} stroke="white" stroke-width="{arm / 3}"/>{line} stroke="black" stroke-width="{arm / 9}"/>'

@@ -90,28 +90,21 @@ class Jobs:
 
     def decode(self, upload: Upload) -> Image.Image:
         """RGB, upright. Raises Refused: 413 for too many pixels, known before decoding; 422 for what is no photo."""
+        most = self.config.max_photo_pixels
         try:
             opened = Image.open(io.BytesIO(upload.data), formats=PHOTO_FORMATS)
-            width, height = opened.size
-        except Image.DecompressionBombError as error:
-            raise self._too_many_pixels(upload, "far more pixels") from error
+            pixels = f"{opened.width}x{opened.height} pixels"
+            if opened.width * opened.height <= most:
+                photo = open_photo(opened)
+                photo.filename = upload.name  # what messages about prompts call it
+                return photo
+        except Image.DecompressionBombError:
+            pixels = "far more pixels"
         except Exception as error:  # the decoders answer damaged files with errors of many kinds
-            raise Refused(
-                422,
-                "not_a_photo",
-                upload.field,
-                f"{upload.name} is not a photo; expected a whole JPEG, PNG, WebP or BMP.",
-            ) from error
-        if width * height > self.config.max_photo_pixels:
-            raise self._too_many_pixels(upload, f"{width}x{height} pixels")
-        try:
-            photo = open_photo(opened)
-        except Exception as error:
-            raise Refused(
-                422, "not_a_photo", upload.field, f"{upload.name} is cut off or damaged ({error!s:.80}). Save it anew."
-            ) from error
-        photo.filename = upload.name  # what messages about prompts call it
-        return photo
+            message = f"{upload.name} is not a photo, or is damaged; expected a whole JPEG, PNG, WebP or BMP."
+            raise Refused(422, "not_a_photo", upload.field, message) from error
+        message = f"{upload.name} has {pixels}; at most {most} in all are taken. Scale it down."
+        raise Refused(413, "photo_too_large", upload.field, message)
 
     def preview(self, upload: Upload) -> Preview:
         """To show on a page, at most PREVIEW pixels a side. Raises Refused as `decode`."""
@@ -145,32 +138,21 @@ class Jobs:
         found = self.predictor.segment_features(features, [(photo.height, photo.width)], class_set.learned)
         return Segmentation(found.masks[0], found.scores[0], features.cpu())
 
-    def moved(self, class_set: ClassSet, found: Segmentation) -> list[float] | None:
+    def moved(self, class_set: ClassSet, result: Segmentation) -> list[float] | None:
         """How much each support moves a result: of the pixels that have a class with it or without it, the share whose
         class is another without it. None for more than MOST_LEFT_OUT supports."""
-        supports = class_set.supports
-        count = len(supports.supports)
+        count = len(class_set.supports.supports)
         if count > MOST_LEFT_OUT:
             return None
-        return [_changed(found.mask, self._without(supports, left_out, found)) for left_out in range(count)]
+        return [self._moved_by(class_set.supports, at, result) for at in range(count)]
 
-    def _without(self, supports: SupportSet, left_out: int, found: Segmentation) -> np.ndarray:
-        """The mask without one support, in the labels of all classes; a class that only it shows has no pixels."""
-        kept = tuple(one for at, one in enumerate(supports.supports) if at != left_out)
-        if not kept:
-            return np.zeros_like(found.mask)
-        shown = tuple(name for name in supports.classes if any(name in one.shown for one in kept))
-        learned = self.predictor.learn(replace(supports, supports=kept, classes=shown))
-        mask = self.predictor.segment_features(found.features, [found.mask.shape], learned).masks[0]
-        labels = np.array([0, *(supports.classes.index(name) + 1 for name in shown)], found.mask.dtype)
-        return labels[mask]
-
-    def _too_many_pixels(self, upload: Upload, found: str) -> Refused:
-        most = self.config.max_photo_pixels
-        message = f"{upload.name} has {found}; at most {most} in all are taken. Scale it down."
-        return Refused(413, "photo_too_large", upload.field, message)
-
-
-def _changed(mask: np.ndarray, other: np.ndarray) -> float:
-    either = (mask > 0) | (other > 0)
-    return float((mask != other).sum() / max(1, either.sum()))
+    def _moved_by(self, supports: SupportSet, left_out: int, result: Segmentation) -> float:
+        kept = tuple(support for at, support in enumerate(supports.supports) if at != left_out)
+        other = np.zeros_like(result.mask)  # in the labels of all classes
+        if kept:
+            names = tuple(name for name in supports.classes if any(name in support.shown for support in kept))
+            learned = self.predictor.learn(replace(supports, supports=kept, classes=names))
+            labels = np.array([0, *(supports.classes.index(name) + 1 for name in names)], result.mask.dtype)
+            other = labels[self.predictor.segment_features(result.features, [result.mask.shape], learned).masks[0]]
+        either = (result.mask > 0) | (other > 0)
+        return float((result.mask != other).sum() / max(1, either.sum()))

@@ -6,11 +6,13 @@ through the service's queue.
 
 import io
 import json
+import re
 import weakref
-from collections.abc import Awaitable, Callable, Sized
+from collections.abc import Awaitable, Callable, Iterator, Sized
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
-import numpy as np
 from fastapi import FastAPI
 from nicegui import events, ui
 from PIL import Image
@@ -20,6 +22,7 @@ from la.predictor.predictor import PhotoPrompts
 from la.predictor.support_set import Support
 from pipelines.demo.drawing import Scene
 from pipelines.demo.scenes import CLASS_NAMES, PAIRS, draw_scene
+from pipelines.predict.mask_files import shape_of
 from pipelines.serve.annotating import AnnotatedPhoto, Session
 from pipelines.serve.canvas import TOOLS, Canvas
 from pipelines.serve.jobs import ClassSet, Jobs, Preview, Refused, Upload
@@ -28,19 +31,7 @@ from pipelines.serve.service import MB, Service
 from pipelines.serve.widgets import data_url, download_button, section, warn
 
 TOOL_KEYS = dict(zip("ioxbe", TOOLS, strict=True))
-STYLE = """
-.canvas img { touch-action: none; cursor: crosshair; user-select: none }
-.canvas:focus-visible, button:focus-visible { outline: 3px solid #1565c0; outline-offset: 2px }
-.stack { position: relative } .stack img { display: block; width: 100% }
-.stack img.mask {
-    position: absolute; inset: 0; height: 100%; image-rendering: pixelated; opacity: var(--mask-opacity, 0.6)
-}
-.swatch { display: inline-block; width: 0.9em; height: 0.9em; border: 1px solid #555; border-radius: 2px }
-.stack.masked img:not(.mask) { filter: grayscale(1) }
-h1, h2 { font-weight: 600; margin: 0; line-height: 1.4 } h1 { font-size: 1.5rem } h2 { font-size: 1.15rem }
-.q-uploader__subtitle { display: none }
-.q-uploader { width: 100%; max-height: 12rem } .q-uploader__list { display: none }
-"""
+STYLE = Path(__file__).with_name("page.css")
 # Quasar gives the button that opens the file dialogue no name.
 NAME_UPLOADS = """document.querySelectorAll('.q-uploader').forEach(
     (u) => u.querySelector('a')?.setAttribute('aria-label', u.getAttribute('aria-label')))"""
@@ -95,7 +86,8 @@ class Page:
         with ui.element("header").classes("w-full"):
             with ui.row().classes("items-center justify-between w-full mb-2"):
                 ui.html("<h1>Label Anything</h1>", sanitize=False)
-                ui.button("Show an example", icon="auto_awesome", on_click=self._example).props("no-caps")
+                example = ui.button("Show an example", icon="auto_awesome").props("no-caps")
+                example.on_click(partial(self._alone, self._show_example))
             ui.label("Mark what you mean on a photo or two; other photos are segmented alike.")
 
     def _classes_part(self) -> None:
@@ -124,23 +116,24 @@ class Page:
                     remove.props("flat dense size=sm")
 
     def _supports_part(self) -> None:
-        with section("2. Support photos"):
+        with section("2. Support photos") as card:
+            self._canvas = Canvas(self._session, warn)  # first, as the tools are bound to it
             self._upload("Drop support photos here, or press +", Page._support_came, "Add support photos")
             self._thumbnails()
             with ui.row().classes("items-center gap-2 w-full"):
-                self._tool = ui.toggle(TOOLS, value="inside", on_change=self._tool_chosen)
+                self._tool = ui.toggle(TOOLS, value="inside").bind_value_to(self._canvas, "tool")
                 self._tool.props('no-caps dense padding="4px 10px" aria-label="Tool"')
                 for text, icon, action in (
-                    ("Undo", "undo", lambda: self._canvas.undo()),
-                    ("Clear", "delete_sweep", lambda: self._canvas.clear()),
+                    ("Undo", "undo", self._canvas.undo),
+                    ("Clear", "delete_sweep", self._canvas.clear),
                     ("Remove photo", "delete", self._remove_photo),
                 ):
                     ui.button(icon=icon, on_click=action).props(f'flat dense aria-label="{text}"').tooltip(text)
             with ui.row().classes("items-center w-full no-wrap gap-4"):
                 ui.label("Brush").classes("shrink-0")
-                size = ui.slider(min=1, max=30, value=6, on_change=self._brush_chosen)
+                size = ui.slider(min=1, max=30, value=6).bind_value_to(self._canvas, "brush")
                 size.props('label aria-label="Size of the brush in percent of the photo"')
-            self._canvas = Canvas(self._session, warn)
+            self._canvas.image.move(card)
             with ui.row().classes("items-center justify-between w-full"):
                 ui.label("Shift or the right button: outside, eraser.").classes("text-sm text-gray-700")
                 download_button("Marks as COCO", self._download_supports)
@@ -159,7 +152,8 @@ class Page:
         with section("3. Photos to segment"):
             self._upload("Drop photos to segment here, or press +", Page._query_came, "Add photos to segment")
             with ui.row().classes("items-center w-full gap-2"):
-                self._button = ui.button("Segment", icon="play_arrow", on_click=self._segment).props("no-caps")
+                self._button = ui.button("Segment", icon="play_arrow").props("no-caps")
+                self._button.on_click(partial(self._alone, self._segment_all))
                 download_button("COCO JSON", self._queries.download)
                 ui.button("Remove all", icon="delete", on_click=self._queries.clear).props("flat no-caps dense")
             with ui.row().classes("items-center w-full no-wrap gap-4"):
@@ -177,15 +171,14 @@ class Page:
             ui.label("On the support photo: arrows move a cursor, Enter uses the tool there (a box: at two corners).")
 
     def _upload(self, label: str, came: Callable[["Page", Upload], Awaitable[None]], name: str) -> None:
-        page = weakref.ref(self)  # FastAPI's caches keep the routes of uploads, and these what they call
+        service, page = self._service, weakref.ref(self)  # FastAPI's caches keep what the routes of uploads call
 
         async def handle(event: events.UploadEventArguments) -> None:
-            if (mine := page()) is None:
-                return
-            with ui.context.client:
-                await mine._told(mine._receive(event, partial(came, mine)))
+            if mine := page():
+                with ui.context.client, warned():
+                    await came(mine, service.receive(event.file.name, await event.file.read(), "photo"))
 
-        config = self._service.config
+        config = service.config
         rejected = f"At most {config.max_photos} photos of {config.max_photo_mb} MB are taken; JPEG, PNG, WebP or BMP."
         upload = ui.upload(
             multiple=True,
@@ -202,29 +195,27 @@ class Page:
 
     # What users do
 
-    async def _receive(self, event: events.UploadEventArguments, came: Callable) -> None:
-        if event.file.size() > self._service.config.max_photo_mb * MB:
-            self._service.receive(event.file.name, bytes(self._service.config.max_photo_mb * MB + 1), "photo")
-        await came(self._service.receive(event.file.name, await event.file.read(), "photo"))
-
     async def _support_came(self, upload: Upload) -> None:
-        self._room_for(self._session.photos)
-        found: Preview = (await self._service.queue.run(Jobs.preview, upload)).value
-        self._room_for(self._session.photos)  # others may have come meanwhile
-        photo = AnnotatedPhoto(upload, found.size, data_url(found.jpeg, "jpeg"), found.reduction)
+        preview = await self._preview(upload, self._session.photos)
+        photo = AnnotatedPhoto(upload, preview.size, data_url(preview.jpeg, "jpeg"), preview.reduction)
         self._session.photos.append(photo)
         self._choose_photo(len(self._session.photos) - 1)
 
     async def _query_came(self, upload: Upload) -> None:
-        self._room_for(self._queries)
-        found: Preview = (await self._service.queue.run(Jobs.preview, upload)).value
-        self._room_for(self._queries)
-        self._queries.add(upload, found)
+        self._queries.add(upload, await self._preview(upload, self._queries))
 
-    def _room_for(self, photos: Sized) -> None:
-        most = self._service.config.max_photos
-        if len(photos) >= most:
-            raise Refused(413, "too_many_photos", "photo", f"There are {most} photos, the most that are taken.")
+    async def _preview(self, upload: Upload, photos: Sized) -> Preview:
+        """Raises Refused (413) where there is no room among `photos` for one more."""
+
+        def check_room() -> None:
+            most = self._service.config.max_photos
+            if len(photos) >= most:
+                raise Refused(413, "too_many_photos", "photo", f"There are {most} photos, the most that are taken.")
+
+        check_room()
+        preview = (await self._service.queue.run(Jobs.preview, upload)).value
+        check_room()  # others may have come meanwhile
+        return preview
 
     def _add_class(self) -> None:
         name, colour = (self._name.value or "").strip(), (self._colour.value or "").strip().lower()
@@ -232,7 +223,7 @@ class Page:
             warn("Give the class a name.")
         elif len(self._session.classes) >= self._service.config.max_classes:
             warn(f"There are {len(self._session.classes)} classes, the most that are taken.")
-        elif not _is_colour(colour):
+        elif not re.fullmatch("#[0-9a-f]{6}", colour):
             warn(f"{colour!r:.20} is no colour such as #56b4e9.")
         else:
             self._session.add_class(name, colour)
@@ -258,21 +249,9 @@ class Page:
             self._thumbnails.refresh()
             self._canvas.show()
 
-    def _tool_chosen(self, event: events.ValueChangeEventArguments) -> None:
-        self._canvas.tool = event.value
-
-    def _brush_chosen(self, event: events.ValueChangeEventArguments) -> None:
-        self._canvas.brush = event.value
-
     def _changed_classes(self) -> None:
         self._class_list.refresh()
         self._canvas.draw()
-
-    async def _segment(self) -> None:
-        await self._alone(self._segment_all)
-
-    async def _example(self) -> None:
-        await self._alone(self._show_example)
 
     async def _alone(self, do: Callable[[], Awaitable[None]]) -> None:
         """Not while the same is being done: people press buttons twice."""
@@ -281,7 +260,8 @@ class Page:
         self._busy = True
         self._button.props("loading")
         try:
-            await self._told(do())
+            with warned():
+                await do()
         finally:
             self._busy = False
             self._button.props(remove="loading")
@@ -320,10 +300,8 @@ class Page:
             await self._support_came(upload)
             thing = scene.things[0]
             one = self._session.add_class(CLASS_NAMES[PAIRS.index((thing.shape, thing.texture))])
-            mask = scene.instances == 1
-            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            corners = [(columns[0], rows[0]), (columns[-1] + 1, rows[-1] + 1)]
-            self._session.photo.add("box", one.number, [tuple(map(float, corner)) for corner in corners], 0.0)
+            x, y, width, height = shape_of(scene.instances == 1)["bbox"]
+            self._session.photo.add("box", one.number, [(x, y), (x + width, y + height)], 0.0)
         self._colour.value = self._session.next_colour
         await self._query_came(uploads[-1])
         self._changed_classes()
@@ -336,11 +314,8 @@ class Page:
         ui.download.content(json.dumps(self._session.support_file()), "support.json")
 
     async def _shortcut(self, event: events.KeyEventArguments) -> None:
-        if (
-            not event.action.keydown
-            or event.action.repeat
-            or any((event.modifiers.ctrl, event.modifiers.alt, event.modifiers.meta))
-        ):
+        held = event.modifiers
+        if not event.action.keydown or event.action.repeat or held.ctrl or held.alt or held.meta:
             return
         key = event.key.name.lower()
         if key in TOOL_KEYS:
@@ -348,21 +323,18 @@ class Page:
         elif key == "z":
             self._canvas.undo()
         elif key == "s":
-            await self._segment()
+            await self._alone(self._segment_all)
         elif key.isdigit() and 0 < int(key) <= len(self._session.classes):
             self._choose(self._session.classes[int(key) - 1].number)
 
-    # How mistakes are told
 
-    async def _told(self, doing: Awaitable[None]) -> None:
-        try:
-            await doing
-        except InputError as error:
-            warn(str(error))
-
-
-def _is_colour(text: str) -> bool:
-    return len(text) == 7 and text[0] == "#" and all(c in "0123456789abcdef" for c in text[1:])
+@contextmanager
+def warned() -> Iterator[None]:
+    """Tell the user of the page of an InputError."""
+    try:
+        yield
+    except InputError as error:
+        warn(str(error))
 
 
 def _upload_of(scene: Scene, name: str) -> Upload:

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -49,7 +49,7 @@ class JobQueue:
 
     def _timed(self, came: float, job: Job, args: tuple) -> Timed:
         value, seconds = self._do(job, args)
-        return Timed(value, seconds, max(0.0, time.perf_counter() - came - seconds))
+        return Timed(value, round(seconds, 4), round(max(0.0, time.perf_counter() - came - seconds), 4))
 
     def _one_done(self, _: object) -> None:
         with self._lock:
@@ -59,12 +59,8 @@ class JobQueue:
 @contextmanager
 def model_queue(config: ServeConfig, predictor: Predictor | None = None) -> Iterator[JobQueue]:
     """The queue before one model in this process, until the end of the block. InputError as `Jobs`."""
-    jobs = Jobs(config, predictor)
-    queue = JobQueue(partial(timed, jobs), config.max_waiting)
-    try:
+    with closing(JobQueue(partial(timed, Jobs(config, predictor)), config.max_waiting)) as queue:
         yield queue
-    finally:
-        queue.close()
 
 
 def timed(jobs: Jobs, job: Job, args: tuple) -> tuple[object, float]:

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 import ray
@@ -21,6 +21,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import ApplicationStatus
 
 from la.errors import InputError
+from la.predictor.checkpoint import DEMO
 from pipelines.cluster import gpu_share, node_resources, ray_session
 from pipelines.config import ServeConfig
 from pipelines.serve.jobs import ClassSet, Jobs, Refused
@@ -67,15 +68,14 @@ class Replica:
         return value, seconds
 
     def _class_set(self, shown: Shown) -> ClassSet:
-        if (known := self._learned.get(shown.key)) is None:
-            known = self._jobs.learned(ray.get(shown.supports[0]), key=shown.key)
-        self._keep(known)
-        return known
+        if shown.key not in self._learned:
+            self._keep(self._jobs.learned(ray.get(shown.supports[0]), key=shown.key))
+        self._learned.move_to_end(shown.key)
+        return self._learned[shown.key]
 
     def _keep(self, class_set: ClassSet) -> None:
         self._learned[class_set.key] = class_set
-        self._learned.move_to_end(class_set.key)
-        while len(self._learned) > MOST_LEARNED:
+        if len(self._learned) > MOST_LEARNED:
             self._learned.popitem(last=False)
 
 
@@ -106,11 +106,10 @@ class Replicas:
                 if isinstance(answer, InputError):
                     raise answer
                 return answer
-        raise Refused(
-            503, "model_lost", None, "the process with the model ended at this; try again, or a smaller photo."
-        )
+        message = "the process with the model ended at this; try again, or a smaller photo."
+        raise Refused(503, "model_lost", None, message)
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Give up what runs when its replica ends, instead of waiting for another."""
         self._ending = True
 
@@ -132,13 +131,6 @@ def _until_running(name: str, count: int) -> None:
         time.sleep(0.2)
 
 
-class ReplicaShare(NamedTuple):
-    """Of the cluster for one replica."""
-
-    cpus: float
-    gpus: float
-
-
 @contextmanager
 def replicas_queue(config: ServeConfig) -> Iterator[JobQueue]:
     """The queue before `config.replicas` models, until the end of the block.
@@ -147,22 +139,21 @@ def replicas_queue(config: ServeConfig) -> Iterator[JobQueue]:
     """
     with ray_session():
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns of every slow answer
-        share = share_of(config, node_resources())
-        device = config.device if not share.gpus else "cuda"  # a replica sees its own GPU alone
+        cpus, gpus = share_of(config, node_resources())
+        device = config.device if not gpus else "cuda"  # a replica sees its own GPU alone
+        checkpoint = config.checkpoint if config.checkpoint == DEMO else os.path.abspath(config.checkpoint)
         its = {
-            "checkpoint": os.path.abspath(config.checkpoint)
-            if os.path.exists(config.checkpoint)
-            else config.checkpoint,
+            "checkpoint": checkpoint,
             "weights": config.weights and config.weights.absolute(),
             "device": "cpu" if device == "auto" else device,
-            "threads": config.threads or max(1, int(share.cpus)),
+            "threads": config.threads or max(1, int(cpus)),
         }
         model = serve.deployment(
             Replica,
             name="model",
             num_replicas=config.replicas,
             max_ongoing_requests=1,
-            ray_actor_options={"num_cpus": share.cpus, "num_gpus": share.gpus},
+            ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
             health_check_period_s=2,  # 10 by default: so long a replica that died would not be missed
             graceful_shutdown_timeout_s=5,
             logging_config={"log_level": "WARNING"},
@@ -173,19 +164,17 @@ def replicas_queue(config: ServeConfig) -> Iterator[JobQueue]:
             target = serve.RunTarget(model.bind(config.model_copy(update=its)), name=name, route_prefix=None)
             [handle] = serve.run_many([target], wait_for_applications_running=False)
             _until_running(name, config.replicas)
-            replicas = Replicas(handle)
-            queue = JobQueue(replicas.do, config.max_waiting, config.replicas)
-            try:
+            with (
+                closing(Replicas(handle)) as replicas,
+                closing(JobQueue(replicas.do, config.max_waiting, config.replicas)) as queue,
+            ):
                 yield queue
-            finally:
-                queue.close()
-                replicas.end()
         finally:
             serve.delete(name)
 
 
-def share_of(config: ServeConfig, nodes: list[dict[str, float]]) -> ReplicaShare:
-    """What one replica gets of nodes with these resources, so that all have room.
+def share_of(config: ServeConfig, nodes: list[dict[str, float]]) -> tuple[float, float]:
+    """CPUs and GPUs that one replica gets of nodes with these resources, so that all have room.
 
     Without --threads the CPUs are shared; GPUs are, where there are fewer of them than replicas. Raises InputError
     where there is no room.
@@ -205,13 +194,7 @@ def share_of(config: ServeConfig, nodes: list[dict[str, float]]) -> ReplicaShare
     wanted = [config.threads] if config.threads else [*range(int(all_cpus / count), 0, -1), *parts]
     for cpus in wanted:
         if room(cpus):
-            return ReplicaShare(cpus, gpu)
-    raise InputError(
-        f"--replicas {count}{f' times --threads {config.threads}' if config.threads else ''}: Ray has "
-        f"{', '.join(_told(node) for node in nodes)}. Pass fewer."
-    )
-
-
-def _told(node: dict[str, float]) -> str:
-    gpus = f" and {node['GPU']:.0f} GPUs" if node.get("GPU") else ""
-    return f"a node of {node.get('CPU', 0):.0f} CPUs{gpus}"
+            return cpus, gpu
+    there = (f"a node of {node.get('CPU', 0):.0f} CPUs and {node.get('GPU', 0):.0f} GPUs" for node in nodes)
+    threads = f" times --threads {config.threads}" if config.threads else ""
+    raise InputError(f"--replicas {count}{threads}: Ray has {', '.join(there)}. Pass fewer.")

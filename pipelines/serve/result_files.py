@@ -1,27 +1,27 @@
-"""Results and annotations as files: one COCO document, PNG with the user's colours."""
+"""Results and annotations as files: one COCO document, PNG with the user's colours, and parts of the page."""
 
 import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
 from pycocotools import mask as rle_tools
 
-from pipelines.predict.mask_files import coco_results, indexed, palette
+from pipelines.predict.mask_files import coco_file, coco_results, indexed, palette
 
 Colour = tuple[int, int, int]  # RGB
+# The parts of the page that are markup, beside this module; what is put into them cannot become markup.
+template = Environment(loader=PackageLoader("pipelines.serve", "."), autoescape=True).get_template
 
 
 def coco_document(photos: Iterable[tuple[str, np.ndarray, Sequence[float]]], classes: Sequence[str]) -> dict:
     """COCO instances of (name, mask (H, W), scores (N,)) of each photo; category i + 1 is `classes[i]`."""
-    images, annotations = [], []
-    for image_id, (name, mask, scores) in enumerate(photos, 1):
-        images.append({"id": image_id, "file_name": name, "height": mask.shape[0], "width": mask.shape[1]})
-        for one in coco_results(mask, scores, range(1, len(classes) + 1)):
-            area = int(rle_tools.area(one["segmentation"]))
-            numbers = {"id": len(annotations) + 1, "image_id": image_id, "area": area, "iscrowd": 0}
-            annotations.append(numbers | one)
-    categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
-    return {"images": images, "annotations": annotations, "categories": categories}
+
+    def annotations(mask: np.ndarray, scores: Sequence[float]) -> list[dict]:
+        results = coco_results(mask, scores, range(1, len(classes) + 1))
+        return [result | {"area": int(rle_tools.area(result["segmentation"]))} for result in results]
+
+    return coco_file(((name, mask.shape, annotations(mask, scores)) for name, mask, scores in photos), classes)
 
 
 def png(mask: np.ndarray, colours: Sequence[Colour] | None = None, clear_background: bool = False) -> bytes:

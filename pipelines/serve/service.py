@@ -3,7 +3,7 @@
 import secrets
 import time
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 from pipelines.config import ServeConfig
 from pipelines.serve.jobs import ClassSet, Refused, Upload
@@ -22,15 +22,11 @@ class Service:
 
     def receive(self, name: str | None, data: bytes, field: str) -> Upload:
         """Raises Refused (413) for too many bytes, before anything looks at them."""
-        if len(data) > self.config.max_photo_mb * MB:
-            raise Refused(
-                413,
-                "photo_too_large",
-                field,
-                f"{clean_name(name)} has more than {self.config.max_photo_mb} MB, the most that is taken. Scale it "
-                "down.",
-            )
-        return Upload(clean_name(name), data, field)
+        name, most = clean_name(name), self.config.max_photo_mb
+        if len(data) > most * MB:
+            message = f"{name} has more than {most} MB, the most that is taken. Scale it down."
+            raise Refused(413, "photo_too_large", field, message)
+        return Upload(name, data, field)
 
 
 class ClassSets:
@@ -69,20 +65,9 @@ class ClassSets:
         self.get(number)
         del self._kept[number]
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
 
 def clean_name(name: str | None) -> str:
     """A file's own name without folders and control characters, to be shown and saved under."""
     last = (name or "").replace("\\", "/").rsplit("/", 1)[-1]
     kept = "".join(c for c in last if not unicodedata.category(c).startswith("C")).strip(". ")
     return kept[-NAME_LENGTH:] or "photo"
-
-
-def by_class(shown: Sequence[tuple[str, object]]) -> Mapping[str, list]:
-    """(class name, prompt) pairs as the prompts of one photo."""
-    prompts: dict[str, list] = {}
-    for name, prompt in shown:
-        prompts.setdefault(name, []).append(prompt)
-    return prompts

@@ -14,17 +14,9 @@ from pipelines.workspace import write_whole
 
 _DATASET = b"la_dataset"
 _ANNOTATION = pa.struct(
-    {
-        "id": pa.int64(),
-        "category_id": pa.int32(),
-        "is_crowd": pa.bool_(),
-        "area": pa.int64(),
-        "x0": pa.float64(),
-        "y0": pa.float64(),
-        "x1": pa.float64(),
-        "y1": pa.float64(),
-        "counts": pa.binary(),
-    }
+    {"id": pa.int64(), "category_id": pa.int32(), "is_crowd": pa.bool_(), "area": pa.int64()}
+    | dict.fromkeys(("x0", "y0", "x1", "y1"), pa.float64())
+    | {"counts": pa.binary()}
 )
 _IMAGES = pa.schema(
     {
@@ -50,16 +42,8 @@ def write_dataset(path: Path, dataset: Dataset) -> None:
     offsets = pa.array(np.cumsum([0] + [len(group) for group in found]), pa.int32())
     lists = pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(columns, fields=list(_ANNOTATION)))
     about = {"split": dataset.split, "categories": sorted(dataset.categories.items())}
-    table = pa.table(
-        [
-            [i.id for i in images],
-            [i.file_name for i in images],
-            [i.height for i in images],
-            [i.width for i in images],
-            lists,
-        ],
-        schema=_IMAGES.with_metadata({_DATASET: json.dumps(about)}),
-    )
+    of_images = [[getattr(image, f) for image in images] for f in ("id", "file_name", "height", "width")]
+    table = pa.table([*of_images, lists], schema=_IMAGES.with_metadata({_DATASET: json.dumps(about)}))
     write_whole(path, lambda temporary: pq.write_table(table, temporary, compression="zstd", write_page_checksum=True))
 
 

@@ -1,7 +1,9 @@
 """A second store from a finished one, with its features in another dtype; photos and backbone are not needed."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +54,7 @@ def convert(
             if on_shard:
                 on_shard(done, len(source.info.shards))
         for name in ("index.parquet", *(f"annotations-{split}.parquet" for split in source.info.splits)):
-            content = (source.path / name).read_bytes()
-            write_whole(path / name, lambda temporary, content=content: temporary.write_bytes(content))
+            write_whole(path / name, partial(shutil.copyfile, source.path / name))
         info = source.info.model_copy(update={"key": settings.key, "settings": settings, "shards": checksums})
         write_info(path, StoreInfo.model_validate(info.model_dump()))
     return ConvertReport(path, made, len(checksums) - made, _bytes(path) / _bytes(source.path))

@@ -1,5 +1,8 @@
 """One shard of a feature store: a Parquet file with one row, and one row group, per image.
 
+It lies in the workspace as features/KEY/train/part-00000.parquet; store.json and the index beside it say what it is
+and where an image is (`pipelines.store.reader`).
+
 The layout (plain binary column, no compression, no dictionary, no statistics) is the fastest of those measured, and it
 puts the bytes of an image in one piece at the end of its column chunk. So any Parquet reader reads a shard, and
 `MappedShard` reads an image where it lies, without Parquet's cost per row group.
@@ -86,12 +89,6 @@ class ShardNote(BaseModel):
 def shard_file(split: str, number: int) -> str:
     """Path of a shard inside its store."""
     return f"{split}/part-{number:05d}.parquet"
-
-
-def parse_shard_file(file: str) -> tuple[str, int]:
-    """(split, number) of a `shard_file`."""
-    split, name = file.split("/")
-    return split, int(name.removeprefix("part-").removesuffix(".parquet"))
 
 
 class ShardWriter:

@@ -23,10 +23,8 @@ from pipelines.store.feature_shards import ShardNote, StoreSettings, open_shard,
 from pipelines.store.featurize_on_ray import make_with_ray
 from pipelines.store.reader import SplitInfo, StoreInfo, finish_store, read_info
 from pipelines.store.remote_store import RemoteStores
-from pipelines.store.shard_maker import Shard, ShardMaker
+from pipelines.store.shard_maker import Shard, ShardMaker, described
 from pipelines.workspace import Workspace, locked
-
-SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,16 @@ def featurize(config: FeaturizeConfig, console: Console | None = None) -> Featur
     if not config.features and (store / "store.json").exists():
         return _finished(store)  # only read, whoever holds it
     with locked(store, wait=False):
-        return _make_store(store, config, settings, splits, console or Console(stderr=True))
+        remote = RemoteStores(config.features) if config.features else None
+        if remote:
+            remote.pull_unfinished(store)
+        if (store / "store.json").exists():
+            report = _finished(store)
+        else:
+            report = _make_store(store, config, settings, splits, remote, console or Console(stderr=True))
+        if remote:
+            remote.push(store)
+        return report
 
 
 def _finished(store: Path) -> FeaturizeReport:
@@ -89,33 +96,41 @@ def _make_store(
     config: FeaturizeConfig,
     settings: StoreSettings,
     splits: dict[str, tuple[Path, Path]],
+    remote: RemoteStores | None,
     console: Console,
 ) -> FeaturizeReport:
     """Make what is missing of `store`, which this process holds."""
-    remote = RemoteStores(config.features) if config.features else None
-    if remote:
-        remote.pull_unfinished(store)
-    if (store / "store.json").exists():
-        if remote:
-            remote.push(store)
-        return _finished(store)
-
-    datasets = {split: load_coco(*splits[split], split) for split in SPLITS}
+    datasets = {split: load_coco(file, photos, split) for split, (file, photos) in splits.items()}
     shared = datasets["train"].images.keys() & datasets["val"].images.keys()
     if shared:
         raise InputError(
             f"{splits['train'][0]} and {splits['val'][0]} share {len(shared)} image ids, e.g. {min(shared)}; expected "
             "ids of their own, by which everything later tells photos apart. Renumber one of them."
         )
-    shards = plan_shards(store, datasets, {split: splits[split][1] for split in SPLITS}, config.shard_size)
+    folders = {split: photos for split, (_, photos) in splits.items()}
+    shards = plan_shards(store, datasets, folders, config.shard_size)
     notes = {shard.file: _existing(shard, settings.key, config.skip_bad) for shard in shards if shard.file.exists()}
     already = sum(note.rows for note in notes.values())
     seconds = _make_missing(config, settings, shards, notes, console, remote)
-    info = _describe(config, settings, splits, datasets, notes, store)
-    kept = {split: without(datasets[split], info.splits[split].skipped) for split in SPLITS}
+    about, kept = {}, {}
+    for split, (annotations, photos) in splits.items():
+        skipped = {f: why for note in notes.values() if note.split == split for f, why in note.skipped.items()}
+        kept[split] = without(datasets[split], skipped)
+        counts = {"images": len(kept[split].images), "annotations": sum(map(len, kept[split].annotations.values()))}
+        about[split] = SplitInfo(name=photos.name, skipped=skipped, **counts)
+        if not kept[split].images:
+            raise InputError(f"{annotations} leaves no usable photo for {split}; expected at least one.")
+    info = StoreInfo(
+        key=settings.key,
+        settings=settings,
+        splits=about,
+        shards={file.relative_to(store).as_posix(): note.features_sha256 for file, note in sorted(notes.items())},
+        coco_dir=str(config.coco_dir),
+        batch_size=config.batch_size,
+        software={name: importlib.metadata.version(name) for name in ("torch", "timm", "pyarrow", "pillow")},
+        **described(next(iter(notes.values()))),
+    )
     finish_store(store, info, kept)
-    if remote:
-        remote.push(store)
     made = sum(note.rows for note in notes.values()) - already
     return FeaturizeReport(store, made, already, info.skipped, made / seconds if made else 0.0)
 
@@ -179,8 +194,13 @@ def _make_missing(
             progress.update(bar, advance=images, rate=f"{done / (now - started):.1f} images/s")
 
         for shard, note in make_shards(config, settings, missing, advance):
+            file, first = next(iter(notes.items()), (shard.file, note))
+            if note.weights_digest != first.weights_digest:
+                raise InputError(
+                    f"{file} was made with other weights ({first.weights_digest[:12]}) than those loaded now "
+                    f"({note.weights_digest[:12]}): they changed since. Remove {file.parent.parent}, or restore them."
+                )
             notes[shard.file] = note
-            _same_weights(note, notes)
             if remote:
                 remote.put(shard.file.parents[1], shard_file(shard.split, shard.number))
     return time.perf_counter() - (started or 0.0)
@@ -198,49 +218,7 @@ def make_shards(
             yield shard, maker.make(shard, advance)
 
 
-def _same_weights(note: ShardNote, notes: dict[Path, ShardNote]) -> None:
-    file, first = next(iter(notes.items()))
-    if note.weights_digest != first.weights_digest:
-        raise InputError(
-            f"{file} was made with other weights ({first.weights_digest[:12]}) than those loaded now "
-            f"({note.weights_digest[:12]}): they changed since. Remove {file.parent.parent}, or restore them."
-        )
-
-
 def without(dataset: Dataset, skipped: dict[str, str]) -> Dataset:
     """The dataset less the photos of these file names."""
     images = {i: image for i, image in dataset.images.items() if image.file_name not in skipped}
     return Dataset(dataset.split, images, dataset.categories, {i: dataset.annotations[i] for i in images})
-
-
-def _describe(
-    config: FeaturizeConfig,
-    settings: StoreSettings,
-    splits: dict[str, tuple[Path, Path]],
-    datasets: dict[str, Dataset],
-    notes: dict[Path, ShardNote],
-    store: Path,
-) -> StoreInfo:
-    about = {}
-    for split, dataset in datasets.items():
-        skipped = {f: why for note in notes.values() if note.split == split for f, why in note.skipped.items()}
-        kept = without(dataset, skipped)
-        annotations = sum(map(len, kept.annotations.values()))
-        name = splits[split][1].name
-        about[split] = SplitInfo(name=name, images=len(kept.images), annotations=annotations, skipped=skipped)
-        if not kept.images:
-            raise InputError(f"{splits[split][0]} leaves no usable photo for {split}; expected at least one.")
-    any_note = next(iter(notes.values()))
-    return StoreInfo(
-        key=settings.key,
-        settings=settings,
-        weights_digest=any_note.weights_digest,
-        patch_size=any_note.patch_size,
-        channels=any_note.channels,
-        grid=any_note.grid,
-        splits=about,
-        shards={file.relative_to(store).as_posix(): note.features_sha256 for file, note in sorted(notes.items())},
-        coco_dir=str(config.coco_dir),
-        batch_size=config.batch_size,
-        software={name: importlib.metadata.version(name) for name in ("torch", "timm", "pyarrow", "pillow")},
-    )

@@ -5,6 +5,7 @@ bit. The last stage hands each batch to the writer of its shard, an actor of its
 stage may see a row again after a failure; where a writer dies, all that is unfinished is made again.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -23,12 +24,15 @@ from pipelines.cluster import gpu_share, node_resources, ray_session, wait_for
 from pipelines.config import FeaturizeConfig
 from pipelines.remote_path import PathOrUri
 from pipelines.store.feature_shards import ShardNote, ShardWriter, StoreSettings, open_shard
-from pipelines.store.shard_maker import BackboneNote, Shard, decode, encode, load
+from pipelines.store.shard_maker import Shard, decode, described, encode, load
 
 TASKS = 1000  # of decoding, at least, where there are so many batches
 PASSES = 5  # in a row that may end without one more shard before somebody has to look
 
 PhotoRow = dict[str, Any]
+# What travels from stage to stage: a Batch as JSON, and what the stages make of it; the user's mistakes are text, for
+# the driver.
+ROW = {"photos": b"", "features": b"", "about": "", "seconds": 0.0, "note": "", "mistake": "", "lost": False}
 OnBatch = Callable[[int, float], None]  # (photos, seconds)
 
 
@@ -92,14 +96,19 @@ def _one_pass(
     start = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(Writer).remote
     writers = [start(settings, plan) for _ in range(actors)]
     rows = [
-        {"batch": Batch(shard=k, number=number, folder=shard.photos, images=images).model_dump_json()}
+        ROW | {"batch": Batch(shard=k, number=number, folder=shard.photos, images=images).model_dump_json()}
         for k, shard in shards.items()
         for number, images in enumerate(shard.batches(config.batch_size))
     ]
     stages = (
         ray.data.from_items(rows, override_num_blocks=min(len(rows), max(TASKS, len(rows) // 16)))
         # a size of its own: stages of one size become one, on the CPUs of the model
-        .map(Decode(config), num_cpus=share.decoding, compute=ray.data.TaskPoolStrategy(size=actors + share.decoders))
+        .map(
+            decode_row,
+            compute=ray.data.TaskPoolStrategy(size=actors + share.decoders),
+            num_cpus=share.decoding,
+            fn_args=(config,),
+        )
         .map(
             Encode,
             compute=ray.data.ActorPoolStrategy(size=actors),
@@ -107,7 +116,7 @@ def _one_pass(
             num_gpus=share.gpus,
             fn_constructor_args=(config,),
         )
-        .map(Write(writers), num_cpus=0, compute=ray.data.TaskPoolStrategy(size=actors))
+        .map(write_row, compute=ray.data.TaskPoolStrategy(size=actors), num_cpus=0, fn_args=(writers,))
     )
     try:
         for row in stages.iter_rows():
@@ -148,20 +157,15 @@ def share_of(config: FeaturizeConfig, actors: int, nodes: list[dict[str, float]]
     return ShardShare(decoding, max(1, int(all_cpus)), cpus if cpus < 1 else int(cpus), gpu)
 
 
-class Decode:
-    """A task of Ray Data: `batch` gets `photos`, their bytes. The user's mistakes travel as text, for the driver."""
-
-    def __init__(self, config: FeaturizeConfig):
-        self.config = config
-
-    def __call__(self, row: PhotoRow) -> PhotoRow:
-        batch = Batch.model_validate_json(row["batch"])
-        try:
-            decoded = decode(self.config, batch.folder, batch.images)
-        except InputError as error:
-            return {"batch": row["batch"], "photos": b"", "mistake": str(error)}
-        usable = batch.model_copy(update={"images": decoded.images, "skipped": decoded.skipped})
-        return {"batch": usable.model_dump_json(), "photos": decoded.photos.numpy().tobytes(), "mistake": ""}
+def decode_row(row: PhotoRow, config: FeaturizeConfig) -> PhotoRow:
+    """A task of Ray Data: the batch gets `photos`, their bytes."""
+    batch = Batch.model_validate_json(row["batch"])
+    try:
+        decoded = decode(config, batch.folder, batch.images)
+    except InputError as error:
+        return row | {"mistake": str(error)}
+    usable = batch.model_copy(update={"images": decoded.images, "skipped": decoded.skipped})
+    return row | {"batch": usable.model_dump_json(), "photos": decoded.photos.numpy().tobytes()}
 
 
 class Encode:
@@ -175,13 +179,7 @@ class Encode:
         return load(self.config)
 
     def __call__(self, row: PhotoRow) -> PhotoRow:
-        made: PhotoRow = {
-            "batch": row["batch"],
-            "features": b"",
-            "about": "",
-            "mistake": row["mistake"],
-            "seconds": 0.0,
-        }
+        made = row | {"photos": b""}
         if row["mistake"]:
             return made
         side = self.config.image_size
@@ -192,29 +190,24 @@ class Encode:
             features = encode(backbone, Batch.model_validate_json(row["batch"]).images, photos)
         except InputError as error:
             return made | {"mistake": str(error)}
-        about = BackboneNote.of(backbone).model_dump_json()
+        about = json.dumps(described(backbone))
         return made | {"features": features.tobytes(), "about": about, "seconds": time.perf_counter() - started}
 
 
-class Write:
+def write_row(row: PhotoRow, writers: list) -> PhotoRow:
     """A task of Ray Data: hands a batch to the writer of its shard; `note` is the shard's once it is finished."""
+    import ray
 
-    def __init__(self, writers: list):
-        self.writers = writers
-
-    def __call__(self, row: PhotoRow) -> PhotoRow:
-        import ray
-
-        done = {"batch": row["batch"], "seconds": row["seconds"], "mistake": row["mistake"], "note": "", "lost": False}
-        if row["mistake"]:
-            return done
-        writer = self.writers[Batch.model_validate_json(row["batch"]).shard % len(self.writers)]
-        try:
-            return done | {"note": ray.get(writer.add.remote(row["batch"], row["about"], row["features"]))}
-        except InputError as error:
-            return done | {"mistake": str(getattr(error, "cause", error))}
-        except ray.exceptions.RayActorError:
-            return done | {"lost": True}
+    done = row | {"features": b""}
+    if row["mistake"]:
+        return done
+    writer = writers[Batch.model_validate_json(row["batch"]).shard % len(writers)]
+    try:
+        return done | {"note": ray.get(writer.add.remote(row["batch"], row["about"], row["features"]))}
+    except InputError as error:
+        return done | {"mistake": str(getattr(error, "cause", error))}
+    except ray.exceptions.RayActorError:
+        return done | {"lost": True}
 
 
 class Writer:
@@ -233,9 +226,9 @@ class Writer:
         shard = self.shards[came.shard]
         if came.shard not in self.begun:
             self.begun[came.shard] = _Begun(shard, self.settings)
-        backbone = BackboneNote.model_validate_json(about)
+        backbone = json.loads(about)
         begun = self.begun[came.shard]
-        begun.add(came, np.frombuffer(features, np.float16).reshape(-1, *backbone.grid, backbone.channels))
+        begun.add(came, np.frombuffer(features, np.float16).reshape(-1, *backbone["grid"], backbone["channels"]))
         if begun.missing:
             return ""
         note = begun.file.finish(shard.note(self.settings, begun.skipped, backbone))

@@ -4,6 +4,7 @@ A store is one folder for one (annotations, backbone, weights, image size, prepr
 
     train/part-00000.parquet ...   val/part-00000.parquet ...   one row, and one row group, per image
     annotations-train.parquet      annotations-val.parquet      images with their annotations as RLE
+    masks-train-120x120.arrow ...                               made of these at first use, see SmallMasks
     index.parquet                  image_id, split, shard, row_group, height, width
     store.json                     everything above in words; written last, so its presence means the store is complete
 The key, which names the folder, is a digest of what it was made from; see StoreSettings.
@@ -11,22 +12,23 @@ The key, which names the folder, is a digest of what it was made from; see Store
 
 import json
 import math
-import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from la.backbone.quantised import Quantised
 from la.data.coco import Dataset
 from la.errors import InputError
 from pipelines.store.annotations import read_dataset, write_dataset
+from pipelines.store.buffers import Buffers
 from pipelines.store.feature_shards import (
     FORMAT,
     MappedShard,
@@ -37,20 +39,16 @@ from pipelines.store.feature_shards import (
     open_shard,
     shard_file,
 )
+from pipelines.store.small_masks import SmallMasks
 from pipelines.workspace import write_whole
 
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # of mapped shards, which are only read
 T = TypeVar("T")
 MOST_NUMBERS = 2**30  # of one photo's features: 2 GB
-_SHARD_NAME = re.compile(r"\w+/part-\d{5,9}\.parquet")
+ShardName = Annotated[str, Field(pattern=r"^\w+/part-\d{5,9}\.parquet$")]
 _INDEX = pa.schema(
-    {
-        "image_id": pa.int64(),
-        "split": pa.string(),
-        "shard": pa.int32(),
-        "row_group": pa.int32(),
-        "height": pa.int32(),
-        "width": pa.int32(),
-    }
+    {"image_id": pa.int64(), "split": pa.string()}
+    | dict.fromkeys(("shard", "row_group", "height", "width"), pa.int32())
 )
 
 
@@ -71,11 +69,11 @@ class StoreInfo(BaseModel):
     key: str
     settings: StoreSettings
     weights_digest: str  # sha256 of the state dict in use, see la.backbone.vit.Backbone
-    patch_size: int  # pixels
-    channels: int
-    grid: tuple[int, int]  # tokens
+    patch_size: PositiveInt  # pixels
+    channels: PositiveInt
+    grid: tuple[PositiveInt, PositiveInt]  # tokens
     splits: dict[str, SplitInfo]
-    shards: dict[str, str]  # file -> sha256 of all its feature bytes in row order
+    shards: dict[ShardName, str]  # file -> sha256 of all its feature bytes in row order
     coco_dir: str  # where the photos were, for people to read; no part of the key
     batch_size: int = 8  # photos at once; another number rounds otherwise, so a repair takes the same
     software: dict[str, str]  # versions that made it
@@ -104,16 +102,18 @@ class StoreInfo(BaseModel):
 
 def finish_store(path: Path, info: StoreInfo, datasets: dict[str, Dataset]) -> None:
     """Write annotations, index and, last of all, store.json; every shard must be in place."""
-    rows: list[tuple] = []
+    rows: list[dict] = []
     for file in sorted(info.shards):
         note = open_shard(path / file, info.key)[1]
         images = datasets[note.split].images
         kept = [images[i] for i in note.image_ids if i in images]
-        rows += [(image.id, note.split, note.number, g, image.height, image.width) for g, image in enumerate(kept)]
+        shard = {"split": note.split, "shard": note.number}
+        for group, image in enumerate(kept):
+            about = {"image_id": image.id, "row_group": group, "height": image.height, "width": image.width}
+            rows.append(shard | about)
     for split, dataset in datasets.items():
         write_dataset(path / f"annotations-{split}.parquet", dataset)
-    columns = list(zip(*rows, strict=True)) if rows else [[] for _ in _INDEX]
-    index = pa.table([list(column) for column in columns], schema=_INDEX)
+    index = pa.Table.from_pylist(rows, schema=_INDEX)
     write_whole(path / "index.parquet", lambda temporary: pq.write_table(index, temporary, compression="zstd"))
     write_info(path, info)
 
@@ -131,7 +131,8 @@ def read_info(path: Path) -> StoreInfo:
     file = Path(path) / "store.json"
     try:
         content = json.loads(file.read_text())
-        version = content["settings"]["format"]
+        if (version := content["settings"]["format"]) == FORMAT:
+            info = StoreInfo.model_validate(content)
     except FileNotFoundError as error:
         raise InputError(f"{path} is no complete feature store: no store.json. Run `featurize` to the end.") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -141,19 +142,13 @@ def read_info(path: Path) -> StoreInfo:
             f"{file} is of store format {version}; this version reads format {FORMAT}. "
             "Run `featurize` again, or use the version that made it."
         )
-    try:
-        info = StoreInfo.model_validate(content)
-    except ValidationError as error:
-        raise damaged(file, error) from error
     if info.settings.key != info.key:
         raise InputError(
             f"{file} names key {info.key}, but its settings give {info.settings.key}: it was edited or its settings "
             "are another store's. Remove it and run `featurize` again."
         )
-    if min(info.patch_size, info.channels, *info.grid) < 1 or math.prod(info.grid) * info.channels > MOST_NUMBERS:
+    if math.prod(info.grid) * info.channels > MOST_NUMBERS:
         raise damaged(file, ValueError(f"no photo has {info.channels} channels of {info.grid} tokens"))
-    if not all(_SHARD_NAME.fullmatch(name) for name in info.shards):
-        raise damaged(file, ValueError("it names shards that lie elsewhere"))
     return info
 
 
@@ -205,6 +200,8 @@ class FeatureStore:
         self.path = Path(path).absolute()
         self._shards: dict[str, MappedShard] = {}
         self._datasets: dict[str, Dataset] = {}
+        self._masks: dict[Path, SmallMasks] = {}
+        self.buffers = Buffers()
 
     def __reduce__(self) -> tuple:
         return FeatureStore, (self.path,)
@@ -242,6 +239,13 @@ class FeatureStore:
             self._datasets[split] = read_dataset(self.path / f"annotations-{split}.parquet")
         return self._datasets[split]
 
+    def small_masks(self, split: str, size: tuple[int, int]) -> SmallMasks:
+        """The masks of a split's annotations on a grid of `size`, drawn at first use; opened once per process."""
+        file = self.path / f"masks-{split}-{size[0]}x{size[1]}.arrow"
+        if file not in self._masks:
+            self._masks[file] = SmallMasks(file, self.dataset(split), size)
+        return self._masks[file]
+
     def read(self, image_id: int) -> np.ndarray:
         """(h, w, C) features of an image: float16, a read-only view of its shard; or float32, decoded from int8.
 
@@ -264,10 +268,9 @@ class FeatureStore:
     def read_encoded(self, image_ids: Sequence[int]) -> torch.Tensor | Quantised:
         """The same as they are stored, for `.to(device)`, which decodes there."""
         if self.info.dtype == "float16":
-            batch = torch.empty(len(image_ids), *self._shape, dtype=torch.float16)
-            for row, image_id in zip(batch.numpy(), image_ids, strict=True):
-                row[...] = self._find(image_id, MappedShard.read)
-            return batch
+            batch = self.buffers.empty(len(image_ids), *self._shape)
+            views = [torch.from_numpy(self._find(image_id, MappedShard.read)) for image_id in image_ids]
+            return torch.stack(views, out=batch) if views else batch  # one call, in which other threads run
         return self._copy(image_ids, Quantised.empty(len(image_ids), self._shape))
 
     def _copy(self, image_ids: Sequence[int], into: Quantised) -> Quantised:

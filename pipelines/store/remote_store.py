@@ -1,6 +1,7 @@
 """Feature stores on object storage: any filesystem of pyarrow, named by a URI as `pipelines.remote_path` has them."""
 
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -121,8 +122,7 @@ class RemoteStores:
 
     def _get(self, source: str, path: Path) -> None:
         with self._fs.open_input_stream(source) as stream, open(path, "wb") as out:
-            while content := stream.read(CHUNK):
-                out.write(content)
+            shutil.copyfileobj(stream, out, CHUNK)
 
     def _put(self, path: Path, target: str) -> None:
         folder, name = target.rsplit("/", 1)
@@ -131,8 +131,7 @@ class RemoteStores:
         with open(path, "rb") as file:
             try:
                 with self._fs.open_output_stream(written) as stream:
-                    while content := file.read(CHUNK):
-                        stream.write(content)
+                    shutil.copyfileobj(file, stream, CHUNK)
             except BaseException:  # closing the stream makes a file even of what was cut short
                 with suppress(OSError):
                     self._remove(written)

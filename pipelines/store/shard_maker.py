@@ -1,4 +1,4 @@
-"""Making the shards of a feature store: decode, featurize, write. Here all three in one process; see `ray_shards`."""
+"""Making the shards of a feature store: decode, featurize, write; here in one process, by Ray in `featurize_on_ray`."""
 
 import os
 import time
@@ -6,8 +6,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,30 +40,11 @@ class Shard(BaseModel):
         """Photos that pass through the backbone together: the same however many workers there are."""
         return [self.images[start : start + size] for start in range(0, len(self.images), size)]
 
-    def note(self, settings: StoreSettings, skipped: dict[str, str], backbone: "BackboneNote") -> ShardNote:
-        """What the shard says of itself."""
-        return ShardNote(
-            key=settings.key,
-            split=self.split,
-            number=self.number,
-            image_ids=[image.id for image in self.images],
-            skipped=skipped,
-            **backbone.model_dump(),
-        )
-
-
-class BackboneNote(BaseModel):
-    """What a shard's note says of the backbone."""
-
-    weights_digest: str
-    patch_size: int
-    channels: int
-    grid: tuple[int, int]
-
-    @classmethod
-    def of(cls, backbone: Backbone) -> "BackboneNote":
-        """From the backbone's attributes of the same names."""
-        return cls(**{name: getattr(backbone, name) for name in cls.model_fields})
+    def note(self, settings: StoreSettings, skipped: dict[str, str], backbone: dict[str, Any]) -> ShardNote:
+        """What the shard says of itself; `backbone` is as of `described`."""
+        ids = [image.id for image in self.images]
+        own = {"key": settings.key, "split": self.split, "number": self.number, "image_ids": ids, "skipped": skipped}
+        return ShardNote(**own, **backbone)
 
 
 class Decoded(NamedTuple):
@@ -99,6 +81,11 @@ def load(config: FeaturizeConfig) -> Backbone:
     if config.threads:
         torch.set_num_threads(config.threads)
     return load_backbone(config.backbone, config.image_size, config.weights, pick_device(config.device))
+
+
+def described(backbone: Backbone | ShardNote) -> dict[str, Any]:
+    """What notes and store.json say of a backbone; the same of a note."""
+    return {name: getattr(backbone, name) for name in ("weights_digest", "patch_size", "channels", "grid")}
 
 
 def encode(backbone: Backbone, images: list[Image], photos: torch.Tensor) -> np.ndarray:
@@ -141,20 +128,19 @@ class ShardMaker:
                 now = time.perf_counter()
                 advance(len(decoded.images) + len(decoded.skipped), now - started)
                 started = now
-            return file.finish(shard.note(self.settings, skipped, BackboneNote.of(backbone)))
+            return file.finish(shard.note(self.settings, skipped, described(backbone)))
 
     def _decoded(self, shard: Shard) -> Iterator[Decoded]:
         """Batch after batch, some of them decoded while the model works."""
         at_once = min(DECODERS, os.cpu_count() or 1)
-        batches = shard.batches(self.config.batch_size)
+        batches = iter(shard.batches(self.config.batch_size))
         decoders = ThreadPoolExecutor(at_once)
         start = partial(decoders.submit, decode, self.config, shard.photos)
         try:
-            waiting = deque(start(batch) for batch in batches[: at_once + 1])
-            for number in range(len(batches)):
+            waiting = deque(map(start, islice(batches, at_once + 1)))
+            while waiting:
                 decoded = waiting.popleft().result()
-                if number + at_once + 1 < len(batches):
-                    waiting.append(start(batches[number + at_once + 1]))
+                waiting.extend(map(start, islice(batches, 1)))
                 yield decoded
         finally:
             decoders.shutdown(cancel_futures=True)

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from la.device import pick_device
 from la.errors import InputError
 from pipelines.config import FeaturizeConfig, VerifyConfig
 from pipelines.remote_path import path_or_uri
-from pipelines.store.feature_shards import FEATURES, MappedShard, ShardNote, open_shard, parse_shard_file, shard_file
+from pipelines.store.feature_shards import FEATURES, MappedShard, ShardNote, open_shard, shard_file
 from pipelines.store.featurize import make_shards, plan_shards, store_settings, without
 from pipelines.store.reader import FeatureStore, finish_store, read_index
 from pipelines.store.shard_maker import Shard
@@ -26,19 +27,20 @@ from pipelines.workspace import Workspace, locked
 # up to a percent in bfloat16; those of another photo are off by about as much as they are large.
 TOLERANCE = 0.05
 
+T = TypeVar("T")
 OnProgress = Callable[[str, int, int], None]  # (what is done, how many, of how many)
 
 
-@dataclass(frozen=True)
+@dataclass
 class VerifyReport:
     """What was looked at, what is bad of it (file -> why), and what was repaired."""
 
     store: Path
     shards: int
-    images: int
-    bad: dict[str, str]
-    sampled: int  # photos recomputed
-    difference: float  # the largest of them from what is stored: norm of the difference over norm of the features
+    images: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    sampled: int = 0  # photos recomputed
+    difference: float = 0.0  # the largest of them from what is stored: norm of the difference over norm of the features
     not_sampled: str = ""  # why photos were not recomputed
     repaired: dict[str, str] = field(default_factory=dict)  # file -> how it compares with what was there
 
@@ -52,40 +54,40 @@ def verify(config: VerifyConfig, on_progress: OnProgress = lambda *_: None) -> V
     store = FeatureStore(Workspace(config.workspace).find_store(config.store))
     with locked(store.path, wait=False) if config.repair else nullcontext():
         report = _check(store, config, on_progress)
-        if not (config.repair and report.bad):
-            return report
-        repaired = _repair(store, report.bad, config, on_progress)
-        return replace(_check(FeatureStore(store.path), config, on_progress), repaired=repaired)
+        if config.repair and report.bad:
+            repaired = _repair(store, report.bad, config, on_progress)
+            report = _check(FeatureStore(store.path), config, on_progress)
+            report.repaired = repaired
+        return report
 
 
 def _check(store: FeatureStore, config: VerifyConfig, on_progress: OnProgress) -> VerifyReport:
-    bad: dict[str, str] = {}
-
-    def attempt(file: str, check: Callable[[], None]) -> None:
-        try:
-            check()
-        except InputError as error:
-            bad[file] = str(error)
-        except ValueError as error:
-            bad[file] = f"{store.path / file}: {error}"
-
-    where: dict[str, list[int]] = {}  # shard file -> the ids that the index places there
-    attempt("index.parquet", lambda: where.update(_placed(store)))
-    for split in store.info.splits:
-        attempt(f"annotations-{split}.parquet", lambda split=split: _check_annotations(store, split, where))
     files = sorted(store.info.shards)
+    report = VerifyReport(store.path, len(files))
+
+    def attempt(file: str, check: Callable[..., T], *args: object) -> T | None:
+        try:
+            return check(store, *args)
+        except InputError as error:
+            report.bad[file] = str(error)
+        except ValueError as error:
+            report.bad[file] = f"{store.path / file}: {error}"
+
+    placed = attempt("index.parquet", _placed) or {}
+    report.images = sum(map(len, placed.values()))
+    for split in store.info.splits:
+        attempt(f"annotations-{split}.parquet", _check_annotations, split, placed)
+    if report.bad:
+        report.not_sampled = "index or annotations are damaged"
     for done, file in enumerate(files, start=1):
-        attempt(file, lambda file=file: _check_shard(store, file, where.get(file)))
+        attempt(file, _check_shard, file, placed.get(file))
         on_progress("shards", done, len(files))
-    report = VerifyReport(store.path, len(files), sum(map(len, where.values())), bad, 0, 0.0)
-    tables = [name for name in bad if name not in store.info.shards]
-    if not config.sample or tables:
-        return replace(report, not_sampled="index or annotations are damaged" if tables else "")
-    try:
-        photos, backbone = _photos(store, config), _backbone(store, config)
-    except InputError as error:
-        return replace(report, not_sampled=str(error))
-    return _sample(store, report, photos, backbone, config.sample, on_progress)
+    if config.sample and not report.not_sampled:
+        try:
+            _sample(store, report, config, on_progress)
+        except InputError as error:
+            report.not_sampled = str(error)
+    return report
 
 
 def _placed(store: FeatureStore) -> dict[str, list[int]]:
@@ -124,8 +126,8 @@ def _check_shard(store: FeatureStore, file: str, placed: list[int] | None) -> No
     opened = open_shard(path, info.key)[0]
     if not opened.schema_arrow.remove_metadata().equals(FEATURES):
         raise ValueError(f"its columns are {opened.schema_arrow.names}, expected {FEATURES.names}")
-    said = (note.split, note.number, note.weights_digest, note.channels, note.grid)
-    if said != (*parse_shard_file(file), info.weights_digest, info.channels, info.grid):
+    said = (shard_file(note.split, note.number), note.weights_digest, note.channels, note.grid)
+    if said != (file, info.weights_digest, info.channels, info.grid):
         raise ValueError("it says that it is another shard, of other weights or another shape than store.json says")
     ids = opened.read(columns=["image_id"])["image_id"].to_pylist()
     if len(ids) != note.rows or ids != (ids if placed is None else placed):
@@ -147,47 +149,31 @@ def _backbone(store: FeatureStore, config: VerifyConfig) -> Backbone:
     info = store.info
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.weights is None and info.weights.startswith("sha256:"):
-        raise InputError(
-            f"the features were made with a local file of weights of {info.backbone}: pass it as --weights"
-        )
     found = identify_weights(info.backbone, config.weights)
     if found != info.weights:
-        raise InputError(f"--weights are {found}, but the features were made with {info.weights}")
+        raise InputError(f"--weights are {found}, but the features were made with {info.weights}: pass these")
     return load_backbone(info.backbone, info.image_size, config.weights, pick_device(config.device))
 
 
-def _sample(
-    store: FeatureStore,
-    report: VerifyReport,
-    photos: dict[str, Path],
-    backbone: Backbone,
-    count: int,
-    on_progress: OnProgress,
-) -> VerifyReport:
-    good = [file for file in sorted(store.info.shards) if file not in report.bad]
-    images = [(file, image) for file in good for image in _images_of(store, file)]
-    chosen = np.random.default_rng(len(images)).permutation(len(images))[:count]
-    bad, largest = dict(report.bad), 0.0
-    for done, (file, image) in enumerate((images[k] for k in sorted(chosen)), start=1):
-        try:
-            off = _difference(store, backbone, photos[file.split("/")[0]], image)
-        except InputError as error:
-            return replace(report, bad=bad, sampled=done - 1, difference=largest, not_sampled=str(error))
-        largest = max(largest, off)
+def _sample(store: FeatureStore, report: VerifyReport, config: VerifyConfig, on_progress: OnProgress) -> None:
+    """Raises InputError where photos or weights are not there or are others."""
+    photos, backbone = _photos(store, config), _backbone(store, config)
+    images = []
+    for file in sorted(store.info.shards.keys() - report.bad.keys()):
+        note = open_shard(store.path / file, store.key)[1]
+        known = store.dataset(note.split).images
+        images += [(file, known[i]) for i in note.image_ids if i in known]
+    chosen = np.random.default_rng(len(images)).permutation(len(images))[: config.sample]
+    for file, image in (images[k] for k in sorted(chosen)):
+        off = _difference(store, backbone, photos[file.split("/")[0]], image)
+        report.sampled += 1
+        report.difference = max(report.difference, off)
         if not off <= TOLERANCE:
-            bad[file] = (
+            report.bad[file] = (
                 f"{store.path / file}: the features of {image.file_name} are off by {100 * off:.1f} % from what the "
                 "backbone makes of the photo now; the photo or the features were changed"
             )
-        on_progress("photos recomputed", done, len(chosen))
-    return replace(report, bad=bad, sampled=len(chosen), difference=largest)
-
-
-def _images_of(store: FeatureStore, file: str) -> list[Image]:
-    note = open_shard(store.path / file, store.key)[1]
-    images = store.dataset(note.split).images
-    return [images[i] for i in note.image_ids if i in images]
+        on_progress("photos recomputed", report.sampled, len(chosen))
 
 
 def _difference(store: FeatureStore, backbone: Backbone, folder: Path, image: Image) -> float:
@@ -203,22 +189,16 @@ def _repair(store: FeatureStore, bad: dict[str, str], config: VerifyConfig, on_p
     """Make the bad files again. Returns how each compares with what store.json said was there."""
     info = store.info
     featurizing = FeaturizeConfig(
-        workspace=config.workspace,
+        **config.model_dump(include={"workspace", "weights", "workers", "device", "threads"}),
         coco_dir=path_or_uri(config.coco_dir or info.coco_dir).absolute(),
         train_split=info.splits["train"].name,
         val_split=info.splits["val"].name,
         backbone=info.backbone,
-        weights=config.weights,
         image_size=info.image_size,
         dtype=info.dtype,
         batch_size=info.batch_size,
         skip_bad=bool(info.skipped),
-        workers=config.workers,
-        device=config.device,
-        threads=config.threads,
     )
-    if config.weights is None and info.weights.startswith("sha256:"):
-        raise InputError(f"--repair needs --weights: the features were made with a local file ({info.weights}).")
     splits = find_splits(featurizing.coco_dir, {split: about.name for split, about in info.splits.items()})
     settings = store_settings(featurizing, splits)
     for name, ours in settings:

@@ -9,35 +9,33 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
-
-# Read when mlflow is imported: a training job on a closed cluster should not try to reach the internet.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+from typing import Literal, Self
+from urllib.parse import quote
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import DatasetInput, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException as TrackingError
 
 from la.errors import InputError
-from pipelines.config import EvaluateConfig, TrainConfig
-from pipelines.store.reader import FeatureStore
-from pipelines.tracking.run_params import fold_params, task_metrics
-from pipelines.workspace import Workspace, digest
-
-if TYPE_CHECKING:
-    from pipelines.evaluation.evaluate import EvaluateResult
-    from pipelines.training.run import TrainResult
+from pipelines.tracking.run_contents import source_tags
+from pipelines.training.stop import Stopped
+from pipelines.workspace import Workspace
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 KEY, ERROR, KIND = "la.key", "la.error", "la.kind"  # tags
 BATCH = 1000  # most metrics MLflow takes in one request
 TAG_LENGTH = 5000  # characters MLflow keeps of a tag
+MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # MLflow shows runs, not traces
 
 logger = logging.getLogger(__name__)
-logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it announces every table of a new database
+# They announce every table of a new database, every start, and every check.
+for name, level in (("store.db.utils", "WARNING"), ("system_metrics", "WARNING"), ("pyfunc", "WARNING")):
+    logging.getLogger(f"mlflow.{name}").setLevel(level)
+# A model that needs a file when it is loaded cannot be tried beforehand.
+logging.getLogger("mlflow.models.model").setLevel("ERROR")
 
 
 class Tracker:
@@ -81,7 +79,7 @@ class Tracker:
                 if experiment is None:
                     location = str(self._workspace.artifacts / study) if self._local else None
                     try:
-                        self._experiments[study] = self._client.create_experiment(study, location)
+                        self._experiments[study] = self._client.create_experiment(study, location, MODEL_TRAINING)
                         return self._experiments[study]
                     except TrackingError:
                         # On a server, another job may have created it since.
@@ -90,6 +88,8 @@ class Tracker:
                             raise
                 if experiment.lifecycle_stage == "deleted":
                     self._client.restore_experiment(experiment.experiment_id)
+                for tag in MODEL_TRAINING.items() - experiment.tags.items():
+                    self._client.set_experiment_tag(experiment.experiment_id, *tag)
                 self._experiments[study] = experiment.experiment_id
         return self._experiments[study]
 
@@ -104,7 +104,7 @@ class Tracker:
         """The run of that key, taken up again where an earlier, killed job left it, else a new one. It is RUNNING."""
         run = self.find(study, key)
         if run is None:
-            tags = {KEY: key, KIND: kind} | ({"mlflow.parentRunId": parent.id} if parent else {})
+            tags = source_tags() | {KEY: key, KIND: kind} | ({"mlflow.parentRunId": parent.id} if parent else {})
             made = self._client.create_run(self.experiment(study), tags=tags, run_name=name)
             run = Run(self._client, made.info.run_id, "RUNNING")
         elif run.status != "RUNNING":
@@ -113,24 +113,20 @@ class Tracker:
         run.params(params or {})
         return run
 
-    def log_fold_run(
-        self,
-        study: str,
-        key: str,
-        name: str,
-        params: Mapping,
-        metrics: Mapping[str, float],
-        curve: Iterable[Mapping] = (),
-        texts: Mapping[str, str] | None = None,
-        parent: "Run | None" = None,
-    ) -> str:
-        """Log a finished fold in one go and close its run; returns its id. Logging the same again adds nothing."""
-        with self.open(study, key, name, "fold", params, parent) as run:
-            run.curve(curve)
-            run.metrics(metrics)
-            for file, text in (texts or {}).items():
-                run.text(text, file)
-        return run.id
+    @contextmanager
+    def watched(self, run: "Run") -> Iterator[None]:
+        """Log what this machine's CPUs, memory, disks, network and GPUs do meanwhile, every ten seconds.
+
+        Of a cluster that is the driver's machine alone: workers do not talk to MLflow.
+        """
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(run.id, resume_logging=True, tracking_uri=self.uri)
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
 
 
 class Run:
@@ -173,6 +169,32 @@ class Run:
     def text(self, text: str, file: str) -> None:
         self._client.log_text(self.id, text, file)
 
+    def file(self, path: Path, folder: str | None = None) -> None:
+        """Keep a copy of a file with the run."""
+        self._client.log_artifact(self.id, str(path), folder)
+
+    def settings(self, settings: Mapping) -> None:
+        """Keep everything that was asked for as `config.json`; params are for what tells runs apart."""
+        self.text(json.dumps(settings, indent=1, default=str), "config.json")
+
+    def inputs(self, datasets: Iterable[DatasetInput]) -> None:
+        """Log the data sets that were used; those that are there already are left out."""
+        self._client.log_inputs(self.id, list(datasets))
+
+    def model(self, uri: str) -> None:
+        """Name a model that another run logged."""
+        self._client.log_outputs(self.id, [LoggedModelOutput(uri.removeprefix("models:/"), step=0)])
+
+    def tag(self, key: str) -> str | None:
+        return self._client.get_run(self.id).data.tags.get(key)
+
+    def set_tag(self, key: str, value: str) -> None:
+        self._client.set_tag(self.id, key, value)
+
+    def describe(self, markdown: str) -> None:
+        """What the run's page begins with."""
+        self.set_tag("mlflow.note.content", markdown)
+
     def close(self, status: Status = "FINISHED", error: str | None = None) -> None:
         """End the run. A FAILED run carries `error` as tag and artifact; a run that succeeds later loses the tag."""
         if error is not None:
@@ -189,45 +211,25 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.close()
-        elif isinstance(error, Exception):
+        elif isinstance(error, Exception) and not isinstance(error, Stopped):
             self.close("FAILED", f"{type(error).__name__}: {error}")
         else:
             self.close("KILLED")
 
 
-def log_training(config: TrainConfig, result: "TrainResult") -> None:
-    """The run of one training in the experiment `train`, with its curves."""
-    workspace = Workspace(config.workspace)
-    params = fold_params(FeatureStore(workspace.find_store(config.store)), "train", config)
-    metrics = final_metrics(result.step, result.metrics)
-    curve = read_curve(result.run_dir)
-    Tracker(workspace).log_fold_run("train", config.run_name, config.run_name, params, metrics, curve)
+class Tolerant:
+    """Calls MLflow while work goes on that a tracker's failure must not end: the first one is a warning."""
 
+    def __init__(self):
+        self._warned = False
 
-def log_evaluation(config: EvaluateConfig, result: "EvaluateResult") -> None:
-    """The run of one evaluation in the experiment `evaluate`; each class's IoU is in its `per_class.json`."""
-    workspace = Workspace(config.workspace)
-    params = fold_params(FeatureStore(workspace.find_store(config.store)), "evaluate", _training_of(config), [config])
-    params |= {"method": result.method, "episodes_digest": result.episodes_digest}
-    params |= {"classes_drawn": result.classes_drawn}
-    task = (config.ways, config.shots, config.prompt)
-    metrics = task_metrics(task, result)
-    name = f"{result.method}-fold{config.fold}-{config.ways}way-{config.shots}shot-{config.prompt}"
-    key = f"{name}-{digest([params[name] for name in sorted(params) if name != 'git_sha'], 8)}"
-    texts = {"per_class.json": json.dumps(result.per_class, indent=1)}
-    Tracker(workspace).log_fold_run("evaluate", key, name, params, metrics, texts=texts)
-
-
-def final_metrics(step: int, training: Mapping[str, float | None]) -> dict[str, float]:
-    """How a training ended. Under the name of its curve, the best seen mIoU would pass for the curve's last point."""
-    renamed = {("best_seen_miou" if key == "seen_miou" else key): value for key, value in training.items()}
-    return {"steps_trained": step} | {key: value for key, value in renamed.items() if value is not None}
-
-
-def read_curve(run_dir: Path | None) -> list[dict]:
-    """Every report of a training run, in order; empty where none were kept."""
-    file = run_dir / "curve.jsonl" if run_dir else None
-    return [json.loads(line) for line in file.read_text().splitlines()] if file and file.exists() else []
+    def __call__(self, log: Callable, *arguments: object) -> None:
+        try:
+            log(*arguments)
+        except (TrackingError, OSError, ImportError) as error:
+            if not self._warned:
+                logger.warning("MLflow did not take a record (%s); work goes on and logs it at its end.", error)
+            self._warned = True
 
 
 def ui_command(workspace: Workspace, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
@@ -241,8 +243,10 @@ def ui_command(workspace: Workspace, host: str = "127.0.0.1", port: int = 5000) 
     return [*command, "--host", host, "--port", str(port), "--workers", "1"]
 
 
-def serve_ui(workspace: Workspace, host: str = "127.0.0.1", port: int = 5000) -> int:
-    """Serve MLflow's web pages until Ctrl-C; returns the server's exit code.
+def serve_ui(
+    workspace: Workspace, host: str = "127.0.0.1", port: int = 5000, say: Callable[[str], None] = print
+) -> int:
+    """Serve MLflow's web pages until Ctrl-C; returns the server's exit code. `say` gets their addresses.
 
     Raises InputError where nothing was tracked yet and where the port is taken.
     """
@@ -253,12 +257,32 @@ def serve_ui(workspace: Workspace, host: str = "127.0.0.1", port: int = 5000) ->
             probe.bind((host, port))
         except OSError as error:
             raise InputError(f"--port {port} on {host} cannot be used ({error.strerror}). Pass another.") from error
+    for name, address in pages(workspace, f"http://{host}:{port}"):
+        say(f"{name}: {address}")
     # Job execution starts a second set of processes that nothing here uses: 24 s to the first page instead of 7 s.
     server = subprocess.Popen(command, env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
     try:
         return server.wait()
     except KeyboardInterrupt:
         return server.wait()
+
+
+def pages(workspace: Workspace, server: str) -> Iterator[tuple[str, str]]:
+    """Title and address of the pages worth opening, as links: MLflow itself begins with those for language models.
+
+    The runs of each experiment and, of its newest sweep, the charts that compare the variants, one for each fold.
+    """
+    client = MlflowClient(workspace.mlflow_uri)
+    for experiment in client.search_experiments(filter_string="name != 'Default'"):
+        page = f"{server}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+        yield experiment.name, page
+        for sweep in client.search_runs([experiment.experiment_id], f"tags.`{KIND}` = 'sweep'", max_results=1):
+            key = next((key for key in sweep.data.metrics if key.startswith("miou/")), "best_seen_miou")
+            variants = quote(f"tags.mlflow.parentRunId = '{sweep.info.run_id}'")
+            # the best first; ordered by time, MLflow hides them below the sweep
+            order = f"orderByKey={quote(f'metrics.`{key}`')}&orderByAsc=false"
+            chart = f"compareRunsMode=CHART&searchFilter={variants}&{order}"
+            yield f"{sweep.info.run_name} by variant", f"{page}&{chart}"
 
 
 @contextmanager
@@ -273,19 +297,6 @@ def _impatient() -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
-
-
-def _training_of(config: EvaluateConfig) -> TrainConfig | None:
-    """The training behind an evaluation's checkpoint; None for a baseline and for a checkpoint without its run."""
-    if config.method != "la":
-        return None
-    from pipelines.evaluation.methods import latest_run
-
-    path = config.checkpoint or latest_run(config, FeatureStore(Workspace(config.workspace).find_store(config.store)))
-    try:
-        return TrainConfig.model_validate_json(((path if path.is_dir() else path.parent) / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _number(value: object) -> bool:

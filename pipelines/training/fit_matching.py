@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from la.episodes.sampling import Pool, evaluation_episode
+from la.episodes.pool import Pool
+from la.episodes.sampling import evaluation_episode
 from la.model.matching import Matching
 from pipelines.episodes.batches import BatchBuilder
 
@@ -38,7 +39,7 @@ def objects_of(pool: Pool, builder: BatchBuilder) -> tuple[torch.Tensor, list[st
     for photo in photos:
         units = F.normalize(builder.store.read_batch([photo])[0].float(), dim=-1).flatten(0, 1)
         for category in pool.classes_in[photo]:
-            cover = builder.coverage(photo, tuple(a.id for a in pool.annotations[photo, category])).flatten()
+            cover = builder.coverage(photo, tuple(a.id for a in pool.annotations_of(photo, category))).flatten()
             objects.append(F.normalize(cover @ units, dim=0))
             classes.append(pool.dataset.categories[category])
     return torch.stack(objects), classes

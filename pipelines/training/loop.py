@@ -1,7 +1,8 @@
 """The training loop, read from top to bottom; every worker runs it (paper sections 4.4 and 5.2)."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +16,11 @@ from pipelines.episodes.batches import BatchBuilder
 from pipelines.evaluation.evaluate import score
 from pipelines.evaluation.shared_work import predictor
 from pipelines.runs.checkpoints import BEST, save, save_last
+from pipelines.training.divergence import check_finite
+from pipelines.training.optimiser import clip_gradients, update_average
 from pipelines.training.prepare import Prepared
-from pipelines.training.state import TrainState, begin, checkpoint
+from pipelines.training.resume import LastCheckpoint, begin
+from pipelines.training.state import TrainState, checkpoint
 from pipelines.training.step_batches import pure_number, read_ahead
 from pipelines.workspace import write_text
 
@@ -37,8 +41,8 @@ class Worker:
     ask_rank0: Callable[[Callable[[], bool]], Callable[[], bool]] = lambda question: question
 
 
-def train_loop(prepared: Prepared, worker: Worker, on_report: Report) -> None:
-    """Train from the last checkpoint on; rank 0 validates, saves and reports.
+def train_loop(prepared: Prepared, worker: Worker, on_report: Report, last: LastCheckpoint | None = None) -> None:
+    """Train from the last checkpoint on, which is read here unless it is given; rank 0 validates, saves and reports.
 
     Without `result.json` at its end, it was asked to stop.
     """
@@ -46,7 +50,7 @@ def train_loop(prepared: Prepared, worker: Worker, on_report: Report) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
-    state = begin(prepared, device)
+    state = begin(prepared, last or LastCheckpoint(prepared), device)
     if (first := worker.from_rank0(state.step)) != state.step:  # shared storage may show nodes older files for a while
         raise RuntimeError(f"{run_dir}: rank 0 goes on from step {first}, rank {worker.rank} from {state.step}")
     state.starts.append(state.step)
@@ -59,16 +63,18 @@ def train_loop(prepared: Prepared, worker: Worker, on_report: Report) -> None:
         stop = worker.ask_rank0(worker.stop_requested)
         validating = state.validation_due
         if not validating:
-            positions, batch, truth = next(batches)
-            loss = train_step(model, state, batch.to(device), truth.to(device, non_blocking=True), positions, config)
-            state.advance(loss, len(truth) * worker.world)
+            loss, norm, episodes = train_step(model, state, batches, config, device)
+            state.advance(loss, norm, episodes * worker.world)
         done = state.step == config.steps
         saving = done or state.step % config.checkpoint_every == 0
         if (saving or validating) and config.minutes is not None:
             done = bool(worker.from_rank0(done or state.seconds > 60 * config.minutes))
         validating = validating or done or state.step % config.val_every == 0
         state.validation_due = False
+        if done and state.step % config.val_every:
+            state.note_before_end(state.step % REPORT_EVERY == 0)
         if validating or state.step % REPORT_EVERY == 0:
+            check_finite(prepared, state, worker.world)
             if worker.rank == 0:
                 report(prepared, state, validating, device, worker.stop_requested, on_report)
             else:
@@ -76,6 +82,8 @@ def train_loop(prepared: Prepared, worker: Worker, on_report: Report) -> None:
         stopping = stop()
         if validating:  # which takes long, and which rank 0 leaves when it is asked to stop
             stopping = bool(worker.from_rank0(stopping or worker.stop_requested()))
+        if saving or stopping:
+            check_finite(prepared, state, worker.world)
         if worker.rank == 0 and (saving or stopping):
             write_text(run_dir / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in state.curve))
             kept = checkpoint(state.average.module, config, prepared.store, state.step)
@@ -89,28 +97,43 @@ def train_loop(prepared: Prepared, worker: Worker, on_report: Report) -> None:
 
 
 def train_step(
-    model: nn.Module, state: TrainState, batch: EpisodeBatch, truth: Tensor, positions: list[int], config: TrainConfig
-) -> Tensor:
-    """One step of the optimiser on a batch and its truth (B, 4h, 4w); returns the loss.
+    model: nn.Module,
+    state: TrainState,
+    batches: Iterator[tuple[list[int], EpisodeBatch, Tensor]],
+    config: TrainConfig,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, int]:
+    """One step of the optimiser on the next `accumulate` batches; returns loss, gradient norm and number of episodes.
 
-    `positions` of the episodes in the step, over all ranks, seed what is drawn for each (its rows of the token pool,
-    section 4.2): so the number of workers changes nothing.
+    The loss is the mean of theirs. As they are of one size, that is the loss of all their episodes in one batch, but
+    for class weights "log_batch", which go by the pixels of each batch. `positions` of the episodes in the step, over
+    all batches and ranks, seed what is drawn for each (its rows of the token pool, section 4.2): so the number of
+    workers changes nothing.
     """
-    if config.flips and state.step % 2:
-        batch, truth = replace(batch, query=batch.query.flip(2)), truth.flip(-1)
-    seeds = [pure_number(config.seed, state.step, position) for position in positions]
-    with autocast(truth.device):
-        logits = model(batch, seeds)
-    if config.loss == "iou":
-        loss = iou_loss(logits, truth, batch.slots)
-    else:
-        loss = focal_loss(logits, truth, config.gamma, config.class_weights)
+    losses, episodes = [], 0
     state.optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+    for left in reversed(range(config.accumulate)):
+        positions, batch, truth = next(batches)
+        batch, truth = batch.to(device), truth.to(device, non_blocking=True)
+        if config.flips and state.step % 2:
+            batch, truth = replace(batch, query=batch.query.flip(2)), truth.flip(-1)
+        seeds = [pure_number(config.seed, state.step, position) for position in positions]
+        # ranks exchange gradients once they are complete
+        with model.no_sync() if left and hasattr(model, "no_sync") else nullcontext():
+            with autocast(device):
+                logits = model(batch, seeds)
+            if config.loss == "iou":
+                loss = iou_loss(logits, truth, batch.slots)
+            else:
+                loss = focal_loss(logits, truth, config.gamma, config.class_weights)
+            (loss / config.accumulate).backward()
+        losses.append(loss.detach())
+        episodes += len(truth)
+    norm = clip_gradients(model, config.clip)
     state.optimiser.step()
     state.schedule.step()
-    state.average.update_parameters(state.model)
-    return loss
+    update_average(state.average, state.model, config.ema)
+    return torch.stack(losses).mean(), norm, episodes
 
 
 def report(

@@ -18,7 +18,8 @@ from pipelines.episodes.episode_shards import (
     training_plan,
     training_plan_of_another,
 )
-from pipelines.runs.checkpoints import load_last
+from pipelines.runs.identity import run_dir_of
+from pipelines.runs.initial_weights import initial_weights
 from pipelines.store.reader import FeatureStore
 from pipelines.workspace import Workspace, digest
 
@@ -39,7 +40,7 @@ SWITCHES = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """The parts of a training run. Episodes are drawn, and the saved state is read, when first asked for, and once."""
+    """The parts of a training run. Episodes are drawn when first asked for, and once."""
 
     config: TrainConfig
     store: FeatureStore
@@ -48,20 +49,6 @@ class Prepared:
     ]  # episodes to train on: of its own store, then of those in `also`
     shape: ModelConfig | HybridConfig
     run_dir: Path
-
-    @cached_property
-    def saved(self) -> dict | None:
-        """The run's last whole checkpoint. Raises InputError where it is of another store.
-
-        Without --store, the only store of a workspace is another one once that of before was removed.
-        """
-        saved, key = load_last(self.run_dir), self.store.key
-        if saved and saved["store"] != key:
-            raise InputError(
-                f"{self.run_dir} was trained on the store {saved['store']}, and the workspace has {key} now. Pass "
-                f"--store {key} for a run of its own, or remove {self.run_dir}."
-            )
-        return saved
 
     @cached_property
     def shards(self) -> list[EpisodeShards]:
@@ -89,23 +76,30 @@ class Prepared:
         return digests[0] if len(digests) == 1 else digest(digests)
 
     def draw_episodes(self) -> None:
-        """Draw what is not drawn yet, so that workers that start together only read."""
-        _ = self.shards, self.validation
+        """Draw what is not drawn yet, episodes and small masks, so that workers that start together only read."""
+        _ = self.shards, self.validation, self.builders
 
 
 def prepare(config: TrainConfig) -> Prepared:
-    """Raises InputError for an empty workspace, a fold outside 0-3, and settings that the preset has not."""
+    """Settings with every path whole and the store's key in them, and what they come to.
+
+    Raises InputError for an empty workspace, a fold outside 0-3, settings that the preset has not, a schedule shorter
+    than the training, and an `init` that is not there or is another model.
+    """
     store = FeatureStore(Workspace(config.workspace).find_store(config.store))
+    config = config.model_copy(update={"store": store.key})
+    if config.schedule != "constant" and config.steps > (config.schedule_steps or config.steps):
+        raise InputError(
+            f"--schedule-steps {config.schedule_steps} is less than --steps {config.steps}: the last steps would train "
+            "at a rate of 0. Raise it, or lower --steps."
+        )
     shape = model_config(config, store.info.channels)
     fold_classes(store.dataset("train").categories, config.fold, config.fold_lists)
     others = [FeatureStore(Workspace(path).find_store()) for path in config.also]
     sources = (training_plan(config), store), *((training_plan_of_another(config, store, o), o) for o in others)
+    if config.init:
+        initial_weights(config, shape, store.info.settings)
     return Prepared(config, store, sources, shape, run_dir_of(config))
-
-
-def run_dir_of(config: TrainConfig) -> Path:
-    """The folder of the run, whose name digests all settings that change the result."""
-    return Workspace(config.workspace).runs / config.run_name
 
 
 def model_config(config: TrainConfig, channels: int) -> ModelConfig | HybridConfig:
@@ -122,5 +116,5 @@ def steps_of_epochs(config: TrainConfig, epochs: float) -> int:
     store = FeatureStore(Workspace(config.workspace).find_store(config.store))
     if not 0 < epochs < float("inf"):
         raise InputError(f"--epochs is {epochs:g}; expected a number above 0, such as 50.")
-    per_step = max(1, config.workers) * sum(b for b, _, _ in config.batches) / len(config.batches)
+    per_step = max(1, config.workers) * config.accumulate * sum(b for b, _, _ in config.batches) / len(config.batches)
     return max(1, round(epochs * len(store.image_ids("train")) / per_step))

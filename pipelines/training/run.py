@@ -1,16 +1,27 @@
-"""A training run from settings to result: in this process, or on the workers of Ray Train."""
+"""A training run from settings to result: in this process, or on the workers of Ray Train.
+
+What happens to a run that is there already: `pipelines.training.resume`.
+"""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.config import TrainConfig
-from pipelines.runs.checkpoints import BEST, full_disk_told, restore_best
+from pipelines.runs.checkpoints import BEST, full_disk_told
+from pipelines.runs.code import Code
+from pipelines.runs.identity import code_in, differences, identity_in, identity_of, write_identity
 from pipelines.training.loop import Report, Worker, train_loop
 from pipelines.training.prepare import Prepared, prepare
+from pipelines.training.resume import RESULT, LastCheckpoint, OtherCode, finished, reopen, restore_best, settle
 from pipelines.training.stop import Stopped, notice
 from pipelines.training.train_on_ray import fit
-from pipelines.workspace import locked, write_text
+from pipelines.workspace import locked
+
+
+class OtherSchedule(UserWarning):
+    """A finished run differs from a new one in the length of its schedule alone."""
 
 
 @dataclass(frozen=True)
@@ -21,34 +32,66 @@ class TrainResult:
     checkpoint: Path  # the best on seen classes
     step: int
     metrics: dict[str, float]
+    code: str | None = None  # digests of the code that trained it; None of runs that do not say
 
 
-def train(config: TrainConfig, on_report: Report | None = None) -> TrainResult:
+def train(config: TrainConfig, on_report: Report | None = None, code: OtherCode = "ask") -> TrainResult:
     """Train a model, or go on with it; returns at once where the run is finished.
 
-    `on_report` gets step, loss, lr, episodes_per_s, seconds and now and then seen_miou. Raises InputError for an empty
-    workspace, a fold outside 0-3, too few images for the batches and a full disk. SIGTERM, SIGUSR1 and Ctrl-C to this
-    process end the run after the step under way with a checkpoint, and raise Stopped.
+    `on_report` gets step, loss, lr, episodes_per_s, seconds and now and then seen_miou. `code`: whether a run that
+    other code trained is trained again or kept. Raises InputError for an empty workspace, a fold outside 0-3, too few
+    images for the batches, a full disk, and what `pipelines.training.resume` refuses. SIGTERM, SIGUSR1 and Ctrl-C to
+    this process end the run after the step under way with a checkpoint, and raise Stopped.
     """
     prepared = prepare(config)  # mistakes are told before a folder is made
-    run_dir = prepared.run_dir
+    run_dir, last = prepared.run_dir, LastCheckpoint(prepared)
     with locked(run_dir, wait=True), full_disk_told(run_dir):
         # two sweeps may need the same run: the second waits and finds it finished
-        restore_best(run_dir, prepared.saved)
-        if not (run_dir / "result.json").exists():
-            _train(prepared, on_report or (lambda _: None))
-    result = json.loads((run_dir / "result.json").read_text())
-    return TrainResult(run_dir, run_dir / BEST, result["step"], result["metrics"])
+        trained_by = settle(prepared, code)
+        done = finished(run_dir, prepared.config)
+        restore_best(run_dir, last.content)
+        if not done:
+            reopen(run_dir, prepared.config, last.content)
+            _train(prepared, last, trained_by, on_report or (lambda _: None))
+    result = json.loads((run_dir / RESULT).read_text())
+    made_by = code_in(run_dir)
+    return TrainResult(run_dir, run_dir / BEST, result["step"], result["metrics"], made_by and made_by.digests)
 
 
-def _train(prepared: Prepared, on_report: Report) -> None:
+def _train(prepared: Prepared, last: LastCheckpoint, code: Code, on_report: Report) -> None:
     prepared.draw_episodes()
-    write_text(prepared.run_dir / "config.json", prepared.config.model_dump_json(indent=1))
+    config = prepared.config
+    if config.warmup_steps >= (config.schedule_steps or config.steps):
+        warnings.warn(
+            f"warmup_steps is {config.warmup_steps}, and training has {config.steps} steps: the learning rate does not "
+            "reach lr. Lower warmup_steps, or train longer.",
+            stacklevel=2,
+        )
+    if last.content is None:
+        _point_to_shorter(prepared)
+    write_identity(prepared.run_dir, prepared.config, code)
     if prepared.config.workers:
-        signum = fit(prepared.config, on_report)
+        last.take()  # each worker reads it
+        signum = fit(prepared.config.model_copy(update={"name": prepared.run_dir.name}), on_report)
     else:
         with notice() as stop:
-            train_loop(prepared, Worker(stop_requested=stop.came), on_report)
+            train_loop(prepared, Worker(stop_requested=stop.came), on_report, last)
         signum = stop.signum
-    if signum and not (prepared.run_dir / "result.json").exists():
+    if signum and not (prepared.run_dir / RESULT).exists():
         raise Stopped(signum, prepared.run_dir)
+
+
+def _point_to_shorter(prepared: Prepared) -> None:
+    """Warn where a finished run differs in the length of its schedule alone, which may be meant to go on."""
+    identity, workspace = identity_of(prepared.config), prepared.config.workspace
+    for result in prepared.run_dir.parent.glob(f"*/{RESULT}"):
+        there = identity_in(result.parent, workspace)
+        changed = differences(there, identity) if there else {}
+        if changed.keys() == {"schedule_steps"}:
+            (length, now), shorter = changed["schedule_steps"], result.parent
+            warnings.warn(
+                f"{shorter} differs in the length of its schedule alone, {length} steps in place of {now}, "
+                f"so this run starts anew. To start from its weights, pass --init {shorter}.",
+                OtherSchedule,
+                stacklevel=3,
+            )

@@ -1,20 +1,16 @@
-"""What changes while a model trains, and its form in a checkpoint."""
+"""What changes while a model trains, and its form in a checkpoint; `pipelines.training.resume` says when it is read."""
 
 import time
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from la.model.hybrid import Hybrid
-from la.model.label_anything import LabelAnything, build, save_state, today_names
-from la.schedules import factor
+from la.model.label_anything import LabelAnything, save_state, today_names
 from pipelines.config import TrainConfig
-from pipelines.episodes.episode_shards import pool_of
 from pipelines.store.reader import FeatureStore
-from pipelines.training.fit_matching import fit_matching
-from pipelines.training.prepare import Prepared
 
 
 @dataclass
@@ -31,18 +27,21 @@ class TrainState:
     best_miou: float = -1.0  # in percent
     curve: list[dict] = field(default_factory=list)  # all reports
     losses: list[Tensor] = field(default_factory=list)  # of the steps since the last report
+    unchecked: list[Tensor] = field(default_factory=list)  # (loss, gradient norm) of the steps since the last check
     validation_due: bool = False  # one was stopped, and comes before the next step
     starts: list[int] = field(default_factory=list)  # the step of each start
+    before_end: dict | None = None  # see `note_before_end`
     # not saved: since the last report
     episodes: int = 0
     since: float = field(default_factory=time.perf_counter)
     _started: float = field(default_factory=time.perf_counter)  # of this start, less the seconds before
 
-    def advance(self, loss: Tensor, episodes: int) -> None:
-        """Count a step on so many episodes, of all workers."""
+    def advance(self, loss: Tensor, norm: Tensor, episodes: int) -> None:
+        """Count a step by its loss, the norm of its gradients and its episodes, of all workers."""
         self.step += 1
         self.seconds = time.perf_counter() - self._started
-        self.losses.append(loss.detach())
+        self.losses.append(loss)
+        self.unchecked.append(torch.stack([loss, norm]))
         self.episodes += episodes
 
     def measure(self) -> dict:
@@ -59,6 +58,16 @@ class TrainState:
         """Losses and speed are counted anew after a report."""
         self.losses, self.episodes, self.since = [], 0, time.perf_counter()
 
+    def note_before_end(self, reported: bool) -> None:
+        """Keep what the validation at a run's end changes, for a run of more steps, which has none at this step.
+
+        `reported`: whether that one has a report here nevertheless.
+        """
+        curve = [*self.curve, self.measure()] if reported else list(self.curve)
+        losses = [] if reported else [loss.item() for loss in self.losses]
+        at = {"best": self.best_miou, "curve": curve, "losses": losses, "pending": False}
+        self.before_end = {"best": self.best, "at": at}
+
     def state_dict(self) -> dict:
         """What a resumed run needs, as `load_state_dict` takes it: plain tensors and numbers."""
         return {
@@ -67,6 +76,7 @@ class TrainState:
             "optimiser": self.optimiser.state_dict(),
             "schedule": self.schedule.state_dict(),
             "best": self.best,
+            "before_end": self.before_end,
             "at": {
                 "step": self.step,
                 "seconds": self.seconds,
@@ -82,7 +92,9 @@ class TrainState:
         """Go on from a checkpoint; parts that older ones have not stay as they are."""
         self.model.load_state_dict(today_names(saved["training"]))
         self.average.load_state_dict(today_names(saved["average"]))
-        self.optimiser.load_state_dict(saved["optimiser"])
+        fused = {"fused": True, "foreach": None}  # whatever the checkpoint was written with
+        groups = [group | fused for group in saved["optimiser"]["param_groups"]]
+        self.optimiser.load_state_dict(saved["optimiser"] | {"param_groups": groups})
         self.schedule.load_state_dict(saved["schedule"])
         at, device = saved["at"], next(self.model.parameters()).device
         self.best = saved.get("best")
@@ -90,25 +102,6 @@ class TrainState:
         self.losses = list(torch.tensor(at.get("losses", []), device=device))
         self.validation_due, self.starts = at.get("pending", False), at.get("starts", [])
         self._started = time.perf_counter() - self.seconds
-
-
-def begin(prepared: Prepared, device: torch.device) -> TrainState:
-    """The state of a new run, or that of the run's last checkpoint."""
-    config, saved = prepared.config, prepared.saved
-    torch.manual_seed(config.seed)
-    model = build(prepared.shape).to(device)
-    if isinstance(model, Hybrid) and saved is None:
-        pools = [pool_of(*source) for source in prepared.sources]
-        fit_matching(model.matching, list(zip(pools, prepared.builders, strict=True)))
-    optimiser = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: factor(config.schedule, step, config.warmup_steps, config.steps)
-    )
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    state = TrainState(model, average, optimiser, schedule)
-    if saved:
-        state.load_state_dict(saved)
-    return state
 
 
 def checkpoint(model: LabelAnything | Hybrid, config: TrainConfig, store: FeatureStore, step: int) -> dict:

@@ -15,8 +15,9 @@ from la.errors import InputError
 from pipelines.cluster import ray_session, wait_for
 from pipelines.config import TrainConfig
 from pipelines.runs.checkpoints import LAST, full_disk_told
+from pipelines.runs.identity import run_dir_of
 from pipelines.training.loop import Worker, train_loop
-from pipelines.training.prepare import prepare, run_dir_of
+from pipelines.training.prepare import prepare
 from pipelines.training.stop import Notice, notice
 from pipelines.workspace import Workspace
 
@@ -31,7 +32,7 @@ class Desk:
         self.reports: list[dict] = []
         self.stop = False
         self.failure = ""  # of the last worker that could tell
-        self.mistake = False  # whether the failure is the user's to fix, so that another start is of no use
+        self.mistake: type[InputError] | None = None  # of the user's to fix, so that another start is of no use
         self.mark: int | None = None
         self.starts = 0
 
@@ -42,7 +43,7 @@ class Desk:
         if self.starts > STARTS:
             self.failure = self.failure or "the workers were killed, most likely for lack of memory"
             return False
-        return not self.mistake
+        return self.mistake is None
 
     def report(self, metrics: dict) -> None:
         self.reports.append(metrics)
@@ -57,12 +58,12 @@ class Desk:
     def asked_to_stop(self) -> bool:
         return self.stop
 
-    def fail(self, failure: str, mistake: bool) -> None:
+    def fail(self, failure: str, mistake: type[InputError] | None) -> None:
         if not self.mistake:
             self.failure, self.mistake = failure, mistake
 
-    def verdict(self) -> tuple[str, bool] | None:
-        """(failure, whether it is the user's) of a run that was given up."""
+    def verdict(self) -> tuple[str, type[InputError] | None] | None:
+        """(failure, its kind where it is the user's to fix) of a run that was given up."""
         return (self.failure, self.mistake) if self.mistake or self.starts > STARTS else None
 
 
@@ -94,7 +95,7 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
             ),
             run_config=RunConfig(
                 # a name of its own each time: the loop itself goes on from the run folder's checkpoint
-                name=f"{config.run_name}-{time.time_ns()}",
+                name=f"{run_dir_of(config).name}-{time.time_ns()}",
                 storage_path=str(Workspace(config.workspace).runs / "ray"),
                 failure_config=FailureConfig(max_failures=-1),  # the desk decides
             ),
@@ -116,7 +117,7 @@ def fit(config: TrainConfig, on_report: Callable[[dict], None] | None = None) ->
             raise (failures or refused)[0]
         verdict = ray.get(desk.verdict.remote())
         if verdict and verdict[1]:
-            raise InputError(verdict[0])
+            raise verdict[1](verdict[0])
         if verdict:
             raise RuntimeError(f"training started {STARTS} times without reaching another checkpoint: {verdict[0]}")
         return stop_notice.signum
@@ -207,7 +208,7 @@ def _worker(settings: dict) -> None:
                 desk.report.remote,
             )
     except Exception as error:
-        mistake = isinstance(error, InputError)
+        mistake = type(error) if isinstance(error, InputError) else None
         ray.get(desk.fail.remote(str(error) if mistake else f"{type(error).__name__}: {error}", mistake))
         if not mistake or world > 1:  # others wait for this rank: by the error Ray ends them too
             raise

@@ -2,23 +2,22 @@
 
 import base64
 import json
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
-from la.errors import InputError
 from pipelines.config import SweepConfig
 from pipelines.store.reader import FeatureStore
-from pipelines.tracking.mlflow_runs import read_curve
+from pipelines.tracking.job_runs import read_curve
 from pipelines.workspace import Workspace, write_text
-from sweeps.paper_tables import Table, scores_of
+from sweeps.paper_tables import Table, scores_of, tables_of
 from sweeps.plan import plan_sweep
 from sweeps.report import plots
 from sweeps.results import SweepResult
-from sweeps.studies.registry import STUDIES, tables_of
-from sweeps.study import Study, task_title
+from sweeps.study import BUILT_IN, Study, find_study, task_title
 from sweeps.trial import finished
 
 GAPS = ("not run", "failed")
@@ -34,7 +33,7 @@ class Section:
     tables: list[Table]
     plots: list[Markup]
     gallery: list[tuple[str, str]]  # caption, data URI of a JPEG
-    settings: dict[str, str]
+    others: list[Path]  # folders of the sweeps of this study before `result`
 
     @property
     def missing(self) -> bool:
@@ -44,14 +43,15 @@ class Section:
 def write_report(root: Path, out: Path) -> Path:
     """Write the report of a workspace to `out`; nothing is run again and nothing fetched.
 
-    Raises InputError for a workspace without features and for sweep files that cannot be read.
+    A sweep whose files cannot be read is left out, with a warning. Raises InputError for a workspace without features.
     """
     workspace = Workspace(root)
     stores = sorted(path.parent for path in workspace.features.glob("*/store.json"))
     if not stores:
         workspace.find_store()  # says what to do
     sweeps = _sweeps(workspace)
-    sections = [_section(workspace, study, sweeps.get(name, [])) for name, study in STUDIES.items()]
+    studies = {name: find_study(name) for name in BUILT_IN} | {name: of[0][0].study for name, of in sweeps.items()}
+    sections = [_section(workspace, study, sweeps.get(name, [])) for name, study in studies.items()]
     environment = Environment(loader=PackageLoader("sweeps.report", "."), autoescape=select_autoescape(["html"]))
     text = environment.get_template("report.html").render(
         sections=sections,
@@ -64,49 +64,41 @@ def write_report(root: Path, out: Path) -> Path:
     return out
 
 
-@dataclass(frozen=True)
-class _SweepOnDisk:
-    """The result of a sweep, and the command line that ran it where it is known."""
+def _sweeps(workspace: Workspace) -> dict[str, list[tuple[SweepResult, str | None]]]:
+    """study -> its sweeps, the one started last first, each with the command line that ran it where it is known.
 
-    result: SweepResult
-    command: str | None
-
-
-def _sweeps(workspace: Workspace) -> dict[str, list[_SweepOnDisk]]:
-    """study -> its sweeps, the one started last first; those whose features are gone are left out."""
-    by_study: dict[str, list[_SweepOnDisk]] = {}
+    Those whose features are gone are left out.
+    """
+    by_study: dict[str, list[tuple[SweepResult, str | None]]] = {}
     files = (workspace.runs / "sweeps").glob("*/sweep.json")
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
             content = json.loads(file.read_text())
             config = SweepConfig.model_validate(content["config"])
+            study = Study.model_validate(content["study"]) if "study" in content else find_study(config.study)
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file} is not the settings of a sweep ({error}). Delete its folder.") from error
-        if config.study not in STUDIES or not (workspace.features / str(config.store) / "store.json").exists():
+            logging.getLogger(__name__).warning("%s is left out: not the settings of a sweep (%.200s)", file, error)
             continue
-        plan = plan_sweep(config.model_copy(update={"workspace": workspace.root}))
-        results = {job.name: trial for job in plan.jobs if (trial := finished(job))}
-        result = SweepResult(config, file.parent.name, file.parent, plan.variants, results, {}, False)
-        by_study.setdefault(config.study, []).append(_SweepOnDisk(result, content["command"]))
+        if not (workspace.features / str(config.store) / "store.json").exists():
+            continue
+        plan = plan_sweep(config.model_copy(update={"workspace": workspace.root}), study)
+        jobs = [replace(job, file=file.with_name(job.file.name)) for job in plan.jobs]
+        results = {job.name: trial for job in jobs if (trial := finished(job))}
+        result = SweepResult(config, file.parent.name, file.parent, study, plan.variants, results, {}, False)
+        by_study.setdefault(study.name, []).append((result, content["command"]))
     return by_study
 
 
-def _section(workspace: Workspace, study: Study, sweeps: list[_SweepOnDisk]) -> Section:
+def _section(workspace: Workspace, study: Study, sweeps: list[tuple[SweepResult, str | None]]) -> Section:
     command = f"python cli.py sweep {study.name} --workspace {workspace.root}"
     if not sweeps:
-        config = SweepConfig(
-            workspace=workspace.root, study=study.name, folds=study.folds, ways=study.ways, shots=study.shots
-        )
-        config = config.model_copy(update={"prompts": study.prompts})
-        empty = SweepResult(config, "", Path(), study.variants, {}, {}, False)
-        return Section(study, empty, command, tables_of(empty), [], [], {})
-    latest, *others = sweeps
-    result = latest.result
-    settings = _settings(result)
-    if others:
-        settings["other sweeps"] = ", ".join(str(sweep.result.folder) for sweep in others)
-    tables, drawn, gallery = tables_of(result), _plots(study, result), _gallery(result)
-    return Section(study, result, latest.command or command, tables, drawn, gallery, settings)
+        config = SweepConfig(workspace=workspace.root, study=study.name, **study.evaluation())
+        empty = SweepResult(config, "", Path(), study, study.all_variants(), {}, {}, False)
+        return Section(study, empty, command, tables_of(empty), [], [], [])
+    (result, ran), *others = sweeps
+    folders = [other.folder for other, _ in others]
+    drawn, gallery = _plots(study, result), _gallery(result)
+    return Section(study, result, ran or command, tables_of(result), drawn, gallery, folders)
 
 
 def _plots(study: Study, result: SweepResult) -> list[Markup]:
@@ -141,34 +133,10 @@ def _gallery(result: SweepResult) -> list[tuple[str, str]]:
     return pictures[:1]  # of the first variant: the file stays small enough to send
 
 
-def _settings(result: SweepResult) -> dict[str, str]:
-    config = result.config
-    digests = sorted({trial.episodes_digest for trial in result.results.values()})
-    return {
-        "sweep": result.name,
-        "trials": f"{len(result.results)} of {len(result.variants) * len(config.folds)} finished",
-        "store": config.store or "the only one",
-        "protocol": config.protocol,
-        "evaluation": f"{config.seeds} seeds x {config.episodes} episodes",
-        "training": json.dumps(config.train),
-        "episodes digest": ", ".join(digests),
-    }
-
-
 def _profile(workspace: Workspace) -> dict | None:
-    """The table of `profile` and its plots, where it was measured."""
+    """What `profile` measured, and its plots, where it was run."""
     file = workspace.artifacts / "profile.json"
     if not file.exists():
         return None
     content = json.loads(file.read_text())
-    titles = {"method": "method", "shots": "shots", "seconds": "seconds"}
-    titles |= {"with_episode_mb": "peak MB", "beyond_mb": "MB beyond the episode's features or photos"}
-    rows = [
-        {"from": "photos" if row["backbone"] else "features"} | {title: row[key] for key, title in titles.items()}
-        for row in content["rows"]
-    ]
-    notes = [*content["summary"], *dict.fromkeys(row["note"] for row in content["rows"] if row["note"])]
-    paper = {(method, int(k)): pair for method, of in content["paper"].items() for k, pair in of.items()}
-    for row in rows:
-        row["paper GB"], row["paper s"] = paper.get((row["method"], row["shots"]), (None, None))
-    return {"rows": rows, "notes": notes, "plots": plots.profile(content["rows"])}
+    return content | {"plots": plots.profile(content["rows"])}

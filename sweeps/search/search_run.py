@@ -7,6 +7,7 @@ memory.
 """
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from ray.tune.search import Searcher
 from rich.console import Console
 
 from pipelines.config import SearchConfig
+from pipelines.experiment_file import as_text
 from pipelines.tracking.mlflow_runs import Tracker
 from pipelines.workspace import Workspace, locked, write_text
 from sweeps.display import SweepDisplay
@@ -26,8 +28,6 @@ from sweeps.runner import run_trials
 from sweeps.search.search_state import Search, SearchedTrial
 from sweeps.search.space import train_command
 from sweeps.trial import TrialSpec, finished
-
-STUDY = "search"  # MLflow's experiment
 
 
 @dataclass(frozen=True)
@@ -54,35 +54,36 @@ class SearchResult:
         """The command line that trains with the best settings; None where no trial ran to its end."""
         if not self.ranked or self.results[self.ranked[0]].stopped_early:
             return None
-        return train_command(self.jobs[self.ranked[0]].train, self.config.batch_scale)
+        return train_command(self.jobs[self.ranked[0]].train)
 
     @property
     def tables(self) -> list[Table]:
-        columns = ("#", "mIoU", "steps", "preset", "lr", "decay", "size", "loss", "prompts")  # no wider than a terminal
         notes = [
             "mIoU on val photos of seen classes, the best of a training's validations; unseen classes take no part",
-            "#: number of the trial; *: stopped early; decay: of weights; size: D x depth; prompts: mask, point, box",
+            "#: number of the trial; *: stopped early; of lists the first letters",
         ]
         if self.importance:
             shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in self.importance.items())
             notes.append(f"what told the better trials from the others at the first validation: {shares}")
         rows = tuple(self._row(name) for name in self.ranked)
+        heads = [name.replace("_", " ") for name in self.config.spaces]
         title = f"Search: {len(rows)} trials on fold {self.config.fold}"
-        return [Table("search", title, columns, rows, tuple(notes))]
+        return [Table("search", title, ("#", "mIoU", *heads), rows, tuple(notes))]
 
     def _row(self, name: str) -> tuple[str, ...]:
         train, result = self.jobs[name].train, self.results[name]
         return (
             self.jobs[name].variant.name.removeprefix("trial-").lstrip("0") or "0",
-            f"{result.training['seen_miou']:.1f}",
-            f"{result.step}*" if result.stopped_early else str(result.step),
-            train.preset,
-            f"{train.lr:g}",
-            f"{train.weight_decay:g}",
-            f"{train.dim}x{train.depth}",
-            train.loss,
-            "+".join(kind[0] for kind in train.prompts),
+            f"{result.training['seen_miou']:.1f}" + "*" * result.stopped_early,
+            *(short(getattr(train, setting)) for setting in self.config.spaces),
         )
+
+
+def short(value: object) -> str:
+    """A value in a column of a terminal: two digits, and first letters of a list's words."""
+    if isinstance(value, tuple) and all(isinstance(entry, str) for entry in value):
+        return "+".join(entry[0] for entry in value)
+    return f"{value:.2g}" if isinstance(value, float) else as_text(value)
 
 
 def run_search(
@@ -100,20 +101,28 @@ def run_search(
         waiting = search.take_up()
         done = len(search.jobs) - len(waiting)
         logged = search.config.model_dump(mode="json", exclude={"workspace", "tracking_uri"})
-        runs = SweepRuns(Tracker(Workspace(config.workspace), config.tracking_uri), STUDY, search, logged)
+        runs = SweepRuns(
+            Tracker(Workspace(config.workspace), config.tracking_uri), Path(config.study).stem, search, logged
+        )
         failed: dict[str, str] = {}
         try:
             if done < config.trials:
-                proposals = Proposals(search, waiting, config.trials - done)
+                proposals = Proposals(search, waiting, config.trials - done, config.hours)
                 with SweepDisplay(console, config.trials, done) as display:
                     listeners = [_Settle(search), runs, display]
                     work = SearchedTrial(search.config, train)
                     failed = run_trials(
-                        config, config.workers, search.folder, work, proposals.jobs, listeners, proposals
+                        config,
+                        int(config.train.get("workers", 0)),
+                        search.folder,
+                        work,
+                        proposals.jobs,
+                        listeners,
+                        proposals,
                     )
             jobs = {job.name: job for job in search.jobs}
             results = {name: result for name, job in jobs.items() if (result := finished(job))}
-            interrupted = len(results) + len(failed) < config.trials
+            interrupted = len(results) + len(failed) < config.trials and not config.hours
             outcome = SearchResult(
                 search.config, search.name, search.folder, jobs, results, failed, interrupted, search.importance()
             )
@@ -127,18 +136,19 @@ def run_search(
 
 
 class Proposals(Searcher):
-    """What Tune asks for the next trial: those left unfinished, then new ones, `count` in all."""
+    """What Tune asks for the next trial: those left unfinished, then new ones, `count` in all, for so many `hours`."""
 
-    def __init__(self, search: Search, waiting: list[FrozenTrial], count: int):
+    def __init__(self, search: Search, waiting: list[FrozenTrial], count: int, hours: float | None = None):
         super().__init__()
         self._search, self._waiting, self._left = search, list(waiting), count
+        self._until = time.monotonic() + 3600 * hours if hours else float("inf")
         self.jobs: dict[str, TrialSpec] = {}  # proposed so far
 
     def __getstate__(self) -> dict:
         return {}  # Tune pickles it for Tuner.restore, which is not used here
 
     def suggest(self, trial_id: str) -> dict | str:
-        if not self._left:
+        if not self._left or time.monotonic() > self._until:
             return Searcher.FINISHED
         self._left -= 1
         if self._waiting:

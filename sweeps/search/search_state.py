@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import optuna
 from optuna.storages import JournalStorage
@@ -14,17 +15,18 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from la.errors import InputError
-from la.model.label_anything import PRESETS
-from pipelines.config import SearchConfig
+from pipelines.config import SearchConfig, TrainConfig, closest
+from pipelines.runs.code import code_now
+from pipelines.runs.identity import run_dir_of
 from pipelines.store.reader import FeatureStore
-from pipelines.training.prepare import run_dir_of
 from pipelines.workspace import Workspace, digest, write_text
 from sweeps.plan import NOT_IN_DIGEST
 from sweeps.results import FoldResult
-from sweeps.search.space import draw_settings, first_rung, own_settings, train_config
-from sweeps.study import Variant
+from sweeps.search.space import check_spaces, draw_settings, first_rung, own_points, train_config
+from sweeps.study import SET_BY_SWEEP, Variant
 from sweeps.trial import Report, TrialSpec, finished, run_trial
 
+SET_BY_SEARCH = SET_BY_SWEEP | {"steps", "val_every", "val_episodes"}
 KEPT = 3  # one of so many trials goes on at a rung
 RANDOM_TRIALS = 10  # before the sampler takes account of results
 ENOUGH_TO_WEIGH = 15  # trials, below which the importance of a setting is noise
@@ -50,21 +52,27 @@ class Search:
     jobs: list[TrialSpec] = field(default_factory=list)
 
     def __post_init__(self):
-        unknown = [name for name in self.config.presets if name not in PRESETS]
-        if unknown or len(set(self.config.presets)) < len(self.config.presets):
-            what = f"{unknown[0]!r} is unknown" if unknown else "a preset is named twice"
-            raise InputError(f"--presets {','.join(self.config.presets)}: {what}. Choose from {', '.join(PRESETS)}.")
         workspace = Workspace(self.config.workspace)
         self.store = FeatureStore(workspace.find_store(self.config.store))
         self.config = self.config.model_copy(update={"workspace": workspace.root, "store": self.store.key})
         self.folder = workspace.runs / "searches" / self.name
-        for preset in self.config.presets:
-            train_config(self.config, own_settings(preset))
+        for name in (*self.config.space, *self.config.train):
+            if name not in TrainConfig.model_fields or name in SET_BY_SEARCH:
+                raise InputError(
+                    f"{name} is not a setting to search or to give. Nearest: {closest(name, TrainConfig)}."
+                )
+        if not self.config.spaces:
+            raise InputError(f"study {self.config.study} has no [space] of settings to search.")
+        check_spaces(self.config)
+        self._own = own_points(self.config.spaces, self.config.train)
+        for point in self._own:
+            train_config(self.config, point)
 
     @cached_property
     def name(self) -> str:
-        """Digests all that changes a result, but not the number of trials: with more of them, the search goes on."""
-        return f"search-{digest(self.config.model_dump(mode='json', exclude=NOT_IN_DIGEST | {'trials'}), 8)}"
+        """Digests all that changes a result, and the code; with more trials or hours, the search goes on."""
+        settings = self.config.model_dump(mode="json", exclude=NOT_IN_DIGEST | {"study", "trials", "hours"})
+        return f"{Path(self.config.study).stem}-{digest([settings, code_now().digest], 8)}"
 
     @cached_property
     def study(self) -> optuna.Study:
@@ -75,25 +83,33 @@ class Search:
             study_name=self.name,
             direction="maximize",
             # asynchronous successive halving; a trial that reached its last step is not asked
-            pruner=optuna.pruners.SuccessiveHalvingPruner(first_rung(self.config), reduction_factor=KEPT),
+            pruner=optuna.pruners.SuccessiveHalvingPruner(first_rung(self.config), reduction_factor=KEPT)
+            if self.config.early_stopping
+            else optuna.pruners.NopPruner(),
             load_if_exists=True,
         )
 
     def propose(self) -> FrozenTrial:
         """A new trial. The first are the presets as they are, so that the search does not end below them."""
-        number, presets = len(self.study.trials), self.config.presets
-        self.study.sampler = optuna.samplers.TPESampler(
-            n_startup_trials=RANDOM_TRIALS, constant_liar=True, seed=int(digest([self.config.seed, number], 8), 16)
-        )
-        if number < len(presets):
-            self.study.enqueue_trial(own_settings(presets[number]))
-        draw_settings(self.study.ask(), presets)
+        number = len(self.study.trials)
+        seed = int(digest([self.config.seed, number], 8), 16)
+        if self.config.sampler == "random":
+            self.study.sampler = optuna.samplers.RandomSampler(seed)
+        else:
+            self.study.sampler = optuna.samplers.TPESampler(
+                n_startup_trials=RANDOM_TRIALS, constant_liar=True, seed=seed
+            )
+        if number < len(self._own):
+            self.study.enqueue_trial(self._own[number])
+        draw_settings(self.study.ask(), self.config.spaces)
         return self.study.trials[-1]
 
     def job(self, trial: FrozenTrial) -> TrialSpec:
         """The training of a trial and where its result goes."""
         name = f"trial-{trial.number:04d}"
-        return TrialSpec(Variant(name, name), train_config(self.config, trial.params), (), self.folder / f"{name}.json")
+        return TrialSpec(
+            Variant(name=name, title=name), train_config(self.config, trial.params), (), self.folder / f"{name}.json"
+        )
 
     def settle(self, number: int, result: FoldResult | None) -> None:
         """Tell Optuna how a trial ended, once; None for one that failed."""
@@ -170,7 +186,7 @@ def run_searched(search: Search, trial: FrozenTrial, report: Report, train: Call
             raise StoppedEarly(step)
 
     try:
-        result = run_trial(job, judged, train)
+        result = run_trial(job, judged, train, code="again")  # runs of other code are of another search
     except StoppedEarly as stopped:
         result = FoldResult(
             variant=job.variant.name,

@@ -1,74 +1,98 @@
 """What a search draws, and what it trains for it.
 
-Learning rate, width and depth are relative to the preset's own, so that what is learned of them on one preset tells
-something of the others.
+A setting that is searched relative to the preset's own tells, on one preset, something of the others too.
 """
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal, get_origin
 
+from optuna.trial import Trial
+
+from la.errors import InputError
 from la.model.label_anything import preset as model_preset
-from pipelines.config import SearchConfig, TrainConfig, default_recipe, scaled_batches
+from pipelines.config import SearchConfig, SettingSpace, TrainConfig, entry_type, plain_type
+from pipelines.experiment_file import as_options, as_text
 
-LR_TIMES = (0.1, 10.0)
-WEIGHT_DECAY = (1e-4, 0.3)
-WIDTH_TIMES = (0.5, 1.0, 2.0)
-DEPTH_MORE = (0, 1)
-LOSSES = ("focal", "iou")
-MIXTURES = ("mask+point+box", "mask+box", "mask+point", "mask")  # kinds of prompt that training episodes mix
+NEUTRAL = {"times": 1.0, "plus": 0}
 VALIDATIONS = 6  # in a training: the first is ASHA's first rung, the third the second
 
 
-def draw_settings(trial, presets: tuple[str, ...]) -> dict:
-    """Draw a point of the space with an Optuna trial; returns it by the names under which Optuna keeps it."""
-    return {
-        "preset": trial.suggest_categorical("preset", presets),
-        "lr_times": trial.suggest_float("lr_times", *LR_TIMES, log=True),
-        "weight_decay": trial.suggest_float("weight_decay", *WEIGHT_DECAY, log=True),
-        "width_times": trial.suggest_categorical("width_times", WIDTH_TIMES),
-        "depth_more": trial.suggest_categorical("depth_more", DEPTH_MORE),
-        "loss": trial.suggest_categorical("loss", LOSSES),
-        "prompts": trial.suggest_categorical("prompts", MIXTURES),
-    }
+def key_of(name: str, space: SettingSpace) -> str:
+    """The name under which Optuna keeps a setting, such as lr_times."""
+    return f"{name}_{space.relative}" if space.relative else name
 
 
-def own_settings(preset: str) -> dict:
-    """The point of the space that is the preset as its recipe has it."""
-    own = TrainConfig(workspace=Path(), preset=preset)
-    return {
-        "preset": preset,
-        "lr_times": 1.0,
-        "weight_decay": own.weight_decay,
-        "width_times": 1.0,
-        "depth_more": 0,
-        "loss": own.loss,
-        "prompts": "+".join(own.prompts),
-    }
+def draw_settings(trial: Trial, spaces: Mapping[str, SettingSpace]) -> None:
+    """Draw a point of the space with an Optuna trial, which keeps it."""
+    for name, space in spaces.items():
+        key = key_of(name, space)
+        if space.values is not None:
+            trial.suggest_categorical(key, [_kept(value) for value in space.values])
+        elif _type_of(name) is int and not space.relative:
+            trial.suggest_int(key, int(space.low), int(space.high), log=space.log)
+        else:
+            trial.suggest_float(key, space.low, space.high, log=space.log)
 
 
-def train_config(config: SearchConfig, point: dict) -> TrainConfig:
+def own_points(spaces: Mapping[str, SettingSpace], train: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The points that are the presets as their recipes have them, as far as the space holds them."""
+    points = []
+    for preset in spaces["preset"].values if "preset" in spaces else (train.get("preset", "paper"),):
+        own, point = TrainConfig(**dict(train) | {"preset": preset}), {}
+        for name, space in spaces.items():
+            value = NEUTRAL[space.relative] if space.relative else _kept(getattr(own, name))
+            if space.values:
+                inside = value in map(_kept, space.values)
+            else:
+                inside = value is not None and space.low <= value <= space.high
+            point |= {key_of(name, space): value} if inside else {}
+        points.append(point)
+    return points
+
+
+def check_spaces(config: SearchConfig) -> None:
+    """Build the training of each value and each end of a range.
+
+    Raises InputError or ValidationError for one that a setting cannot have.
+    """
+    for name, space in config.spaces.items():
+        own = TrainConfig(**config.train)
+        base = getattr(own, name, None) or getattr(model_preset(own.preset), name, None)
+        number = _type_of(name) in (int, float)
+        if (space.relative or not space.values) and not number:
+            raise InputError(f"[space] {name} is no number: expected a list of values.")
+        if space.relative and base is None:
+            raise InputError(f"[space] {name} has no value of its own, to which others could be {space.relative}.")
+        for value in space.values or (space.low, space.high):
+            model_preset(train_config(config, {key_of(name, space): _kept(value)}).preset)  # else it is unknown
+
+
+def train_config(config: SearchConfig, point: Mapping[str, Any]) -> TrainConfig:
     """The training of a point. Its numbers are rounded to what a command line can well say."""
-    preset = point["preset"]
-    own = TrainConfig(workspace=config.workspace, preset=preset)
+    given = dict(config.train) | ({"preset": point["preset"]} if "preset" in point else {})
+    own, settings = TrainConfig(**given), {}
+    for name, space in config.spaces.items():
+        if (key := key_of(name, space)) not in point:
+            continue  # not there in older searches
+        value, base = point[key], getattr(own, name)
+        if space.relative:
+            base = getattr(model_preset(own.preset), name) if base is None else base
+            value = base * value if space.relative == "times" else base + value
+            value = round(value) if isinstance(base, int) else value
+        elif _of_words(name):
+            value = tuple(value.split("+")) if value else ()
+        settings[name] = float(f"{value:.3g}") if isinstance(value, float) else value
     return TrainConfig(
+        **given | settings,
         workspace=config.workspace,
         store=config.store,
-        also=config.also,
         fold=config.fold,
         seed=config.seed,
-        preset=preset,
-        recipe=default_recipe(preset),
-        dim=round(point["width_times"] * model_preset(preset).dim),
-        depth=model_preset(preset).depth + point.get("depth_more", 0),  # not there in older searches
-        lr=_rounded(point["lr_times"] * own.lr),
-        weight_decay=_rounded(point["weight_decay"]),
-        loss=point["loss"],
-        prompts=tuple(point["prompts"].split("+")),
-        batches=scaled_batches(own.recipe, config.batch_scale),
         steps=config.steps,
         val_every=first_rung(config),
         val_episodes=config.val_episodes,
-        workers=config.workers,
         device=config.device,
         threads=config.threads,
     )
@@ -79,29 +103,23 @@ def first_rung(config: SearchConfig) -> int:
     return -(-config.steps // VALIDATIONS)
 
 
-def train_command(train: TrainConfig, batch_scale: float) -> str:
+def train_command(train: TrainConfig) -> str:
     """The command line of a training. Where it ran already in its workspace, the command finds it finished."""
-    options: dict[str, object] = {
-        "--workspace": train.workspace,
-        "--store": train.store,
-        "--fold": train.fold,
-        "--preset": train.preset,
-        "--steps": train.steps,
-        "--lr": train.lr,
-        "--weight-decay": train.weight_decay,
-        "--dim": train.dim,
-        "--depth": train.depth,
-        "--loss": train.loss,
-        "--prompts": ",".join(train.prompts),
-        "--val-every": train.val_every,
-        "--val-episodes": train.val_episodes,
-    }
-    defaults = {"--batch-scale": (batch_scale, 1), "--seed": (train.seed, 0), "--workers": (train.workers, 0)}
-    options |= {flag: value for flag, (value, default) in defaults.items() if value != default}
-    words = [str(word) for pair in options.items() for word in pair]
-    words += [word for path in train.also for word in ("--also", str(path))]
-    return shlex.join(["python", "cli.py", "train", *words])
+    return shlex.join(["python", "cli.py", "train", *as_options(train)])
 
 
-def _rounded(number: float) -> float:
-    return float(f"{number:.3g}")
+def _type_of(name: str) -> Any:
+    return plain_type(TrainConfig.model_fields[name].annotation)
+
+
+def _of_words(name: str) -> bool:
+    """Whether a setting is a list of words or of paths."""
+    entry = entry_type(TrainConfig.model_fields[name].annotation)
+    return entry is Path or get_origin(entry) is Literal
+
+
+def _kept(value: object) -> object:
+    """A value as Optuna keeps it: a list of words with a +, one of numbers as it is typed."""
+    if not isinstance(value, list | tuple):
+        return value
+    return "+".join(map(str, value)) if all(isinstance(entry, str | Path) for entry in value) else as_text(value)

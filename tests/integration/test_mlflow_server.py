@@ -9,9 +9,11 @@ import time
 import urllib.request
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from la.errors import InputError
+from pipelines.tracking.mlflow_model import example, log_model
 from pipelines.tracking.mlflow_runs import Tracker
 from pipelines.workspace import Workspace
 
@@ -60,12 +62,18 @@ def test_the_environment_names_the_server_and_the_workspace_stays_free_of_runs(s
     tracker = Tracker(Workspace(tmp_path))
     parent = tracker.open("remote", "sweep", "sweep", "sweep")
     points = [{"step": step, "loss": 1 / step} for step in range(1, 2502)]  # more than a request takes
-    logged = {"params": {"fold": 0}, "metrics": {"miou": 25.0}, "texts": {"per_class.json": '{"cat": 25.0}'}}
-    first = tracker.log_fold_run("remote", "sweep/a", "a", curve=points[:1500], parent=parent, **logged)
+
+    def log(tracker, points):
+        with tracker.open("remote", "sweep/a", "a", "fold", {"fold": 0}, parent) as run:
+            run.curve(points)
+            run.metrics({"miou": 25.0})
+            run.text('{"cat": 25.0}', "per_class.json")
+        return run.id
+
+    first = log(tracker, points[:1500])
     # the job dies, and another one on another machine goes on
     again = Tracker(Workspace(tmp_path / "elsewhere"))
-    second = again.log_fold_run("remote", "sweep/a", "a", curve=points, parent=parent, **logged)
-    assert first == second
+    assert log(again, points) == first
     client = again._client
     run = client.get_run(first)
     assert (run.info.status, run.data.params["fold"], run.data.metrics["miou"]) == ("FINISHED", "0", 25.0)
@@ -74,6 +82,8 @@ def test_the_environment_names_the_server_and_the_workspace_stays_free_of_runs(s
     assert run.info.artifact_uri.startswith("mlflow-artifacts:"), "through the server, not this machine's disk"
     local = client.download_artifacts(first, "per_class.json", str(tmp_path))
     assert Path(local).read_text() == '{"cat": 25.0}'
+    uri = log_model("demo", again, first)
+    assert len(mlflow.pyfunc.load_model(uri).predict(example())) == 1
     assert not (tmp_path / "mlflow.db").exists()
     assert not Workspace(tmp_path).artifacts.exists()
 

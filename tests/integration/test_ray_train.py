@@ -5,14 +5,14 @@ import signal
 import pytest
 import torch
 
-from la.errors import InputError
+from la.errors import Diverged, InputError
 from pipelines.bench.training_speed import bench_training
 from pipelines.cluster import ray_session, wait_for
 from pipelines.config import FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.runs.checkpoints import load
+from pipelines.runs.identity import run_dir_of
 from pipelines.store.featurize import featurize
-from pipelines.training.prepare import run_dir_of
 from pipelines.training.run import train
 from pipelines.training.stop import Stopped
 from pipelines.training.train_on_ray import _takes_gpus
@@ -41,6 +41,7 @@ def test_two_ray_workers_train_report_and_finish(workspace):
         train_batches=12,
         val_episodes=3,
         val_every=6,
+        schedule="constant",
         threads=1,
     )
     reports = []
@@ -48,6 +49,9 @@ def test_two_ray_workers_train_report_and_finish(workspace):
     assert result.step == 12
     assert [r["step"] for r in reports] == [6, 10, 12], "one report a step, of rank 0"
     assert result.checkpoint.exists()
+    longer = train(config.model_copy(update={"steps": 14}), reports.append)
+    assert (longer.step, longer.run_dir) == (14, result.run_dir)
+    assert [r["step"] for r in reports] == [6, 10, 12, 14]
 
 
 def test_ctrl_c_ends_workers_with_a_checkpoint_of_the_step_under_way(workspace):
@@ -62,6 +66,13 @@ def test_ctrl_c_ends_workers_with_a_checkpoint_of_the_step_under_way(workspace):
         train(config, ctrl_c)
     assert stopped.value.exit_code == 130
     assert 10 <= load(run_dir_of(config) / "last.pt")["step"] < 400
+
+
+def test_training_that_diverges_on_workers_ends_with_one_message(workspace):
+    settings = {"workers": 2, "steps": 40, "batches": ((2, 1, 1),), "train_batches": 12, "threads": 1}
+    config = TrainConfig(workspace=workspace, preset="debug", lr=1e30, warmup_steps=0, val_every=1000, **settings)
+    with pytest.raises(Diverged, match=r"^Training diverged: step \d+ has the loss"):
+        train(config)
 
 
 def test_workers_take_gpus_where_the_cluster_has_them_whatever_this_machine_has(monkeypatch):

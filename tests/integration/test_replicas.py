@@ -22,7 +22,7 @@ from pipelines.config import ServeConfig  # noqa: E402
 from pipelines.demo.scenes import draw_scene  # noqa: E402
 from pipelines.serve.api import build_api  # noqa: E402
 from pipelines.serve.jobs import Jobs, Refused, Upload  # noqa: E402
-from pipelines.serve.replicas import MOST_LEARNED, ReplicaShare, replicas_queue, share_of  # noqa: E402
+from pipelines.serve.replicas import MOST_LEARNED, replicas_queue, share_of  # noqa: E402
 from pipelines.serve.service import Service  # noqa: E402
 
 CONFIG = ServeConfig(device="cpu", threads=1, replicas=2)
@@ -188,24 +188,24 @@ def test_a_job_that_kills_every_replica_is_refused_and_the_service_goes_on(queue
 @pytest.mark.parametrize(
     ("settings", "nodes", "share"),
     [
-        ({"replicas": 2}, [{"CPU": 8}], ReplicaShare(4, 0)),
-        ({"replicas": 3}, [{"CPU": 2}], ReplicaShare(0.5, 0)),
-        ({"replicas": 3}, [{"CPU": 1}, {"CPU": 1}], ReplicaShare(0.5, 0)),
-        ({"replicas": 2}, [{"CPU": 32}, {"CPU": 4, "GPU": 2}], ReplicaShare(2, 1)),
-        ({"replicas": 4}, [{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 3}], ReplicaShare(2, 1)),
-        ({"replicas": 2}, [{"CPU": 8}, {"CPU": 2}], ReplicaShare(4, 0)),
-        ({"replicas": 4}, [{"CPU": 8}, {"CPU": 8}], ReplicaShare(4, 0)),
-        ({"replicas": 2, "threads": 3}, [{"CPU": 8}], ReplicaShare(3, 0)),
-        ({"replicas": 2}, [{"CPU": 8, "GPU": 2}], ReplicaShare(4, 1)),
-        ({"replicas": 3}, [{"CPU": 9, "GPU": 2}], ReplicaShare(3, 0.5)),
-        ({"replicas": 2, "device": "cpu"}, [{"CPU": 8, "GPU": 2}], ReplicaShare(4, 0)),
+        ({"replicas": 2}, [{"CPU": 8}], (4, 0)),
+        ({"replicas": 3}, [{"CPU": 2}], (0.5, 0)),
+        ({"replicas": 3}, [{"CPU": 1}, {"CPU": 1}], (0.5, 0)),
+        ({"replicas": 2}, [{"CPU": 32}, {"CPU": 4, "GPU": 2}], (2, 1)),
+        ({"replicas": 4}, [{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 3}], (2, 1)),
+        ({"replicas": 2}, [{"CPU": 8}, {"CPU": 2}], (4, 0)),
+        ({"replicas": 4}, [{"CPU": 8}, {"CPU": 8}], (4, 0)),
+        ({"replicas": 2, "threads": 3}, [{"CPU": 8}], (3, 0)),
+        ({"replicas": 2}, [{"CPU": 8, "GPU": 2}], (4, 1)),
+        ({"replicas": 3}, [{"CPU": 9, "GPU": 2}], (3, 0.5)),
+        ({"replicas": 2, "device": "cpu"}, [{"CPU": 8, "GPU": 2}], (4, 0)),
         ({"replicas": 3, "threads": 1}, [{"CPU": 2}], "--replicas 3 times --threads 1: Ray has a node of 2 CPUs"),
         ({"replicas": 1, "device": "cuda"}, [{"CPU": 2}], "Ray has no GPU"),
     ],
 )
 def test_replicas_share_what_the_nodes_have(settings, nodes, share):
     config = ServeConfig(**settings)
-    if isinstance(share, ReplicaShare):
+    if isinstance(share, tuple):
         assert share_of(config, nodes) == share
     else:
         with pytest.raises(InputError, match=share):

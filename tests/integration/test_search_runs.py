@@ -21,6 +21,7 @@ from pipelines.workspace import Workspace
 from sweeps.demo import BACKBONE, IMAGE_SIZE, WEIGHTS
 from sweeps.search import search_state
 from sweeps.search.search_run import run_search
+from sweeps.study import find_study
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")  # MLflow's own
@@ -76,9 +77,8 @@ def test_after_an_early_stop_of_two_workers_the_next_two_start_and_nothing_is_le
     scenes = draw_scenes(tmp_path / "scenes", train_images=80, val_images=48)
     settings = {"backbone": BACKBONE, "weights": WEIGHTS, "image_size": IMAGE_SIZE}
     featurize(FeaturizeConfig(workspace=tmp_path, coco_dir=scenes, **settings))
-    config = SearchConfig(
-        workspace=tmp_path, presets=("debug",), trials=2, steps=30, val_episodes=3, batch_scale=0.25, workers=2
-    )
+    space, train = find_study("search").space | {"preset": ("debug",)}, {"batch_scale": 0.25, "workers": 2}
+    config = SearchConfig(workspace=tmp_path, space=space, train=train, trials=2, steps=30, val_episodes=3)
     # a rung that nobody reaches before: the first trial is stopped at its first validation
     search = search_state.Search(config)
     for value in (101.0, 102.0, 103.0):

@@ -32,8 +32,8 @@ def make(workspace: Path, out: Path) -> float:
     )
     result = train(TrainConfig(workspace=workspace, preset="hybrid", steps=STEPS, batches=BATCHES, threads=1))
     saved = torch.load(result.checkpoint, map_location="cpu", weights_only=True)
-    told = {name: saved[name] for name in ("kind", "config", "state", "fold", "store", "step", "features")}
-    write_whole(out, lambda temporary: write_safetensors(temporary, told))
+    names = ("kind", "config", "fold", "store", "step", "features", "state")
+    write_whole(out, lambda temporary: write_safetensors(temporary, {name: saved[name] for name in names}))
     return result.metrics["seen_miou"]
 
 

@@ -21,8 +21,8 @@ from pipelines.cluster import CODE
 from pipelines.config import TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.runs.checkpoints import LAST, load
+from pipelines.runs.identity import run_dir_of
 from pipelines.store.reader import FeatureStore, read_info
-from pipelines.training.prepare import run_dir_of
 from pipelines.workspace import Workspace
 
 T = TypeVar("T")

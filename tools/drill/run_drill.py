@@ -21,8 +21,8 @@ from rich.table import Table
 
 from pipelines.config import TrainConfig
 from pipelines.runs.checkpoints import LAST
+from pipelines.runs.identity import run_dir_of
 from pipelines.store.reader import FeatureStore
-from pipelines.training.prepare import run_dir_of
 from pipelines.workspace import Workspace
 from tools.drill.ground import (
     EVERY,

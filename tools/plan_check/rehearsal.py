@@ -5,40 +5,26 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 from la.data.coco import find_splits, load_coco
 from la.errors import InputError
-from pipelines.bench.cost import (
-    Cluster,
-    Task,
-    Training,
-    TrainRates,
-    bytes_per_image,
-    plan_featurizing,
-    store_bytes,
-)
-from pipelines.bench.rates import (
-    Clock,
-    made_up_store,
-    measure_featurizing,
-    measure_reading,
-    measure_training,
-    photos_drawn,
-)
+from pipelines.bench.cost import Rates, bytes_per_image, job_of, store_bytes
+from pipelines.bench.rates import made_up_store, measure_featurizing, measure_training, photos_drawn
 from pipelines.config import EvaluateConfig, FeaturizeConfig, TrainConfig
 from pipelines.episodes.episode_shards import ensure_episodes, evaluation_plan, training_plan
 from pipelines.evaluation.evaluate import evaluate, tasks_of
 from pipelines.remote_path import PathOrUri
-from pipelines.store.featurize import FeaturizeReport, featurize
+from pipelines.store.featurize import featurize
 from pipelines.store.reader import FeatureStore
 from pipelines.training.run import train
 from pipelines.workspace import Workspace
 
 EPISODES = 100  # evaluated in a rehearsal
-TASK: Task = (1, 1)
+Clock = Callable[[], float]  # seconds: time.perf_counter, or time.process_time, which other processes do not disturb
 
 
 @dataclass(frozen=True)
@@ -62,76 +48,57 @@ def rehearse(
     photos: int,
     clock: Clock = time.perf_counter,
     say: Callable[[str], None] = lambda _: None,
-    on_progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[Compared]:
     """Featurize some photos, train and evaluate on them, with the plan's rates measured right before and after each.
 
-    `say` hears what comes next, `on_progress` gets ("train", steps done, of all), then the same of episodes evaluated.
-    The workspaces of both settings do not matter: all happens in a temporary folder. Load of other processes changes
-    from minute to minute, so the rates before and after count half each; `time.process_time` as `clock` leaves it out.
-    Raises InputError as the jobs do.
+    `say` hears what comes next. The workspaces of both settings do not matter: all happens in a temporary folder. Load
+    of other processes changes from minute to minute, so the rates before and after count half each; the jobs and the
+    rates are timed by `clock`, and `time.process_time` leaves that load out. Raises InputError as the jobs do.
     """
-    with tempfile.TemporaryDirectory(prefix="la-plan-") as name:
+    with tempfile.TemporaryDirectory(prefix="la-plan-") as name, mock.patch("time.perf_counter", clock):
         folder = Path(name)
         some = some_photos(featurizing.coco_dir, folder / "photos", photos)
         featurizing = featurizing.model_copy(update={"coco_dir": some, "workspace": folder / "real"})
         training = training.model_copy(
             update={"workspace": folder / "real", "train_batches": training.steps, "workers": 0}
         )
-        compared, store = _rehearse_featurizing(featurizing, folder, clock, say)
-        return [*compared, *_rehearse_training(training, store, folder, clock, say, on_progress)]
+        compared, store = _rehearse_featurizing(featurizing, folder, say)
+        return [*compared, *_rehearse_training(training, store, folder, say)]
 
 
 def _rehearse_featurizing(
-    config: FeaturizeConfig, folder: Path, clock: Clock, say: Callable[[str], None]
+    config: FeaturizeConfig, folder: Path, say: Callable[[str], None]
 ) -> tuple[list[Compared], FeatureStore]:
-    def clocked(run: Callable[[], float]) -> float:
-        """Photos a second by `clock` of what says them by the wall's."""
-        wall, ours = time.perf_counter(), clock()
-        rate = run()
-        return rate * (time.perf_counter() - wall) / (clock() - ours)
-
     def probed(turn: str) -> float:
         say(f"featurize: rate {turn} the run")
         how = {"device": config.device, "threads": config.threads}
-        place = folder / f"photos-{turn}"
-        return clocked(lambda: measure_featurizing(place, config.backbone, config.image_size, **how))
+        return measure_featurizing(folder / f"photos-{turn}", config.backbone, config.image_size, **how)
 
-    def run() -> float:
-        nonlocal report
-        report = featurize(config)
-        return report.images_per_second
-
-    report: FeaturizeReport
     before = probed("before")
     say("featurize: the run")
-    found = clocked(run)
+    report = featurize(config)
     rate = statistics.fmean((before, probed("after")))
-    store = FeatureStore(report.store)
-    features = bytes_per_image(store.info.grid, store.info.channels, store.info.dtype)
-    planned = plan_featurizing(report.made, features, rate, Cluster(read_mb=measure_reading(folder)))
-    return [_disk(store), Compared("featurize", planned.hours * 3600, report.made / found, "s")], store
+    store, photos = FeatureStore(report.store), report.made
+    return [_disk(store), Compared("featurize", photos / rate, photos / report.images_per_second, "s")], store
 
 
 def _rehearse_training(
-    config: TrainConfig,
-    store: FeatureStore,
-    folder: Path,
-    clock: Clock,
-    say: Callable[[str], None],
-    on_progress: Callable[[str, int, int], None],
+    config: TrainConfig, store: FeatureStore, folder: Path, say: Callable[[str], None]
 ) -> list[Compared]:
-    made_up = made_up_store(folder, store.info.backbone, store.info.image_size)
+    made_up = made_up_store(folder / "made-up", store.info.backbone, store.info.image_size)
+    photos = photos_drawn(config, store.dataset("train"))
 
-    def probed(turn: str) -> TrainRates:
+    def probed(turn: str) -> Rates:
         say(f"train, evaluate: rates {turn} the run")
         # a seed of its own: a training that is finished would not be run again
-        place = {"workspace": made_up, "seed": config.seed + (turn == "after")}
-        return measure_training(config.model_copy(update=place), (TASK,), clock)
+        apart = {"workspace": made_up, "seed": config.seed + (turn == "after")}
+        return measure_training(config.model_copy(update=apart), photos)
 
     before = probed("before")
     say("train, evaluate: the run")
-    training = timed(lambda: train(config, lambda report: on_progress("train", report["step"], config.steps)), clock)
+    started = time.perf_counter()
+    train(config)
+    training = time.perf_counter() - started
     judged = EvaluateConfig(
         workspace=config.workspace,
         classes="seen",
@@ -140,26 +107,16 @@ def _rehearse_training(
         device=config.device,
         threads=config.threads,
     )
-    evaluating = timed(lambda: evaluate(judged, lambda *done: on_progress("evaluate", *done)), clock)
-    photos = photos_drawn(config, store.dataset("train"))
     distinct = len(set(tasks_of(ensure_episodes(evaluation_plan(judged, 0), store))))  # the others cost nothing
-    job = Training(
-        config.batches,
-        config.steps,
-        config.val_every,
-        config.val_episodes,
-        mean_rates([before, probed("after")]).with_photos(photos, config.batches),
-        drawn=ensure_episodes(training_plan(config), store).manifest["episodes"],
-        tasks=((TASK, distinct),),
-        photos=photos,
-    )
-    features = bytes_per_image(store.info.grid, store.info.channels, store.info.dtype)
-    whole = store_bytes(sum(split.images for split in store.info.splits.values()), features)
-    seconds = job.seconds(features, whole, Cluster(read_mb=measure_reading(folder)))
+    done: list[tuple[float, int]] = []
+    evaluate(judged, lambda count, _: done.append((time.perf_counter(), count)))
+    (started, before_them), (ended, _) = done[0], done[-1]  # without what an evaluation takes before its episodes
+    rates = Rates(*map(statistics.fmean, zip(before, probed("after"), strict=True)))
+    job = job_of(config, rates, photos, tested=2 * distinct)
     return [
         _reading(photos, config, store),
-        Compared("train", seconds, training, "s"),
-        Compared("evaluate", job.evaluating, evaluating, "s"),
+        Compared("train", job.steps + job.beside, training, "s"),
+        Compared("evaluate", job.evaluating * (1 - before_them / EPISODES), ended - started, "s"),
     ]
 
 
@@ -173,9 +130,8 @@ def check_workspace(workspace: Path, store_key: str | None = None) -> list[Compa
     own = store.info
     with tempfile.TemporaryDirectory() as name:
         made_up = made_up_store(Path(name), own.backbone, own.image_size)
-        rates = measure_training(config.model_copy(update={"workspace": made_up, "store": None}))
-    photos = photos_drawn(config, store.dataset("train"))
-    rates = rates.with_photos(photos, config.batches)
+        photos = photos_drawn(config, store.dataset("train"))
+        rates = measure_training(config.model_copy(update={"workspace": made_up, "store": None}), photos)
     recorded = [
         1 / (later["seconds"] - earlier["seconds"]) * (later["step"] - earlier["step"])
         for earlier, later in pairwise(curve)
@@ -188,7 +144,7 @@ def check_workspace(workspace: Path, store_key: str | None = None) -> list[Compa
     return [
         _disk(store),
         _reading(photos, config, store),
-        Compared("training steps", 1 / rates.step_seconds, statistics.median(recorded), "steps/s"),
+        Compared("training steps", 1 / rates.step, statistics.median(recorded), "steps/s"),
     ]
 
 
@@ -208,35 +164,17 @@ def _disk(store: FeatureStore) -> Compared:
     info = store.info
     images = sum(split.images for split in info.splits.values())
     planned = store_bytes(images, bytes_per_image(info.grid, info.channels, info.dtype))
-    found = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
-    return Compared("disk", planned / 1e6, found / 1e6, "MB")
+    actual = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
+    return Compared("disk", planned / 1e6, actual / 1e6, "MB")
 
 
 def _reading(planned: float, config: TrainConfig, store: FeatureStore) -> Compared:
     """Photos read in a step, beside those of the episodes that were drawn for the training itself."""
-    shards = ensure_episodes(training_plan(config), store)
-    drawn = [[shards.batch(g, i) for i in range(shards.manifest["plan"]["count"])] for g in range(len(config.batches))]
+    plan = training_plan(config)
+    shards = ensure_episodes(plan, store)
+    drawn = [[shards.batch(g, i) for i in range(plan.count or config.steps)] for g in range(len(config.batches))]
     photos = statistics.fmean(sum(1 + len(e.supports) for e in batch) for kind in drawn for batch in kind)
     return Compared("photos read a step", planned, photos, "photos")
-
-
-def mean_rates(rates: list[TrainRates]) -> TrainRates:
-    """The means of rates of the same tasks."""
-    means = {
-        field: statistics.fmean(getattr(rate, field) for rate in rates)
-        for field in ("step_seconds", "start_seconds", "draw_seconds", "evaluate_start_seconds")
-    }
-    tasks = rates[0].evaluate_seconds
-    return replace(
-        rates[0], **means, evaluate_seconds={t: statistics.fmean(r.episode(t) for r in rates) for t in tasks}
-    )
-
-
-def timed(work: Callable, clock: Clock) -> float:
-    """Seconds that `work` takes."""
-    started = clock()
-    work()
-    return clock() - started
 
 
 def some_photos(coco_dir: PathOrUri, folder: Path, most: int) -> Path:

@@ -1,114 +1,41 @@
-"""What size costs: features in eight bits against sixteen, and a store and episodes of very many images."""
+"""A made-up store of very many images and its episodes: seconds and memory against their bars.
+
+`python -m tools.scale_check` takes a hundred thousand images and a million episodes. Exit code 1 where a bar is missed.
+"""
 
 import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pycocotools import mask as rle_tools
+import typer
 
-from la.data.coco import Annotation, Dataset, Image
-from pipelines.bench.random_store import ellipse, made_up_features
-from pipelines.bench.ratios import BenchResult, in_turn
+from commands.options import mistakes, say
+from pipelines.bench.random_store import CLASSES, made_up_dataset, made_up_features
+from pipelines.bench.ratios import BenchResult
 from pipelines.config import TrainConfig
 from pipelines.episodes.episode_shards import EpisodeShards, ensure_episodes, training_plan
-from pipelines.store.reader import FeatureStore, read_info
+from pipelines.store.reader import FeatureStore
 
-READ_AT_ONCE = 8  # images of a batch
 OBJECTS = 7  # on each image of a made-up store, about as many as in COCO
-SIDE = 480  # pixels of its photos
-
-
-def int8_beside(store_path: Path) -> Path | None:
-    """The int8 store of the same features, where the workspace holds one."""
-    path = store_path.parent / read_info(store_path).settings.model_copy(update={"dtype": "int8"}).key
-    return path if (path / "store.json").exists() else None
-
-
-def bench_int8(plain_path: Path, small_path: Path, images: int = 300, repeats: int = 5) -> list[BenchResult]:
-    """Bytes, and reading in random order what a device decodes, int8 against float16.
-
-    The details also give both read into the float32 that a model on a CPU works with: int8 decoded, float16 widened.
-    """
-    plain, small = FeatureStore(plain_path), FeatureStore(small_path)
-    generator = np.random.default_rng(0)
-    ids = [i for split in plain.info.splits for i in plain.image_ids(split)]
-    orders = [[ids[k] for k in generator.integers(0, len(ids), images)] for _ in range(repeats)]
-
-    def batches(order: list[int]) -> list[list[int]]:
-        return [order[k : k + READ_AT_ONCE] for k in range(0, images, READ_AT_ONCE)]
-
-    def from_small(order: list[int]) -> None:
-        for batch in batches(order):
-            small.read_batch(batch)
-
-    def from_plain(order: list[int]) -> None:
-        for batch in batches(order):
-            plain.read_batch(batch).float()
-
-    def small_to_device(order: list[int]) -> None:
-        for batch in batches(order):
-            small.read_encoded(batch)
-
-    def plain_to_device(order: list[int]) -> None:
-        for batch in batches(order):
-            plain.read_encoded(batch)
-
-    ours, theirs, ours_raw, theirs_raw = in_turn(from_small, from_plain, small_to_device, plain_to_device, turns=orders)
-
-    def ms(seconds: list[float]) -> float:
-        return statistics.median(seconds) / images * 1e3
-
-    sizes = [sum(f.stat().st_size for f in path.glob("*/part-*.parquet")) for path in (small_path, plain_path)]
-    details = {"int8 MB": sizes[0] / 1e6, "float16 MB": sizes[1] / 1e6}
-    read = {"int8 ms/image": ms(ours_raw), "float16 ms/image": ms(theirs_raw)}
-    read |= {"decoded on the CPU": ms(ours), "float16 to float32": ms(theirs)}
-    raw_ratio = statistics.median(a / b for a, b in zip(ours_raw, theirs_raw, strict=True))
-    return [
-        BenchResult("int8: bytes of the store against float16", sizes[0] / sizes[1], 0.52, "at most", details),
-        BenchResult("int8: random read against float16", raw_ratio, 1.0, "at most", read),
-    ]
 
 
 def large_store(root: Path, images: int) -> Path:
     """A store of so many images as COCO has them, 7 objects of 80 classes on each, with features of 8 numbers.
 
-    A tenth of the images are the val split. Objects take their masks from a thousand drawn once.
+    A tenth of the images are the val split.
     """
     generator = np.random.default_rng(0)
-    counts = {"train": images - images // 10, "val": images // 10}
-    masks = [_mask(generator) for _ in range(1000)]
     datasets, first = {}, 1
-    for split, count in counts.items():
-        datasets[split] = _dataset(split, range(first, first + count), masks, generator)
+    for split, count in {"train": images - images // 10, "val": images // 10}.items():
+        datasets[split] = made_up_dataset(split, first, generator.integers(1, CLASSES + 1, (count, OBJECTS)))
         first += count
     return made_up_features(root, datasets, lambda _: generator.normal(size=(2, 2, 2)).astype(np.float16), patch_size=8)
-
-
-def _mask(generator: np.random.Generator) -> tuple[int, tuple[float, float, float, float], bytes]:
-    """(area, box, run lengths) of an ellipse, on a photo of SIDE pixels a side."""
-    outline = ellipse(generator, (SIDE / 40, SIDE / 4), SIDE, SIDE)
-    (rle,) = rle_tools.frPyObjects([outline.ravel().tolist()], SIDE, SIDE)
-    x, y, w, h = (float(v) for v in rle_tools.toBbox(rle))
-    return int(rle_tools.area(rle)), (x, y, x + w, y + h), rle["counts"]
-
-
-def _dataset(split: str, ids: range, masks: list, generator: np.random.Generator) -> Dataset:
-    images = {i: Image(i, f"{i:012d}.jpg", SIDE, SIDE) for i in ids}
-    classes = generator.integers(1, 81, (len(ids), OBJECTS)).tolist()
-    chosen = generator.integers(0, len(masks), (len(ids), OBJECTS)).tolist()
-    annotations = {
-        i: tuple(
-            Annotation(OBJECTS * i + n, i, c, False, *masks[m]) for n, (c, m) in enumerate(zip(cs, ms, strict=True))
-        )
-        for i, cs, ms in zip(ids, classes, chosen, strict=True)
-    }
-    return Dataset(split, images, {c: f"class {c}" for c in range(1, 81)}, annotations)
 
 
 def opening(path: Path) -> dict[str, float]:
@@ -189,3 +116,20 @@ def training_episodes(store: Path, count: int) -> EpisodeShards:
 def _in_a_process(measure: Callable[..., dict[str, float]], *arguments: object) -> dict[str, float]:
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
         return fresh.submit(measure, *arguments).result()
+
+
+def run(
+    images: Annotated[int, typer.Option(min=1000, help="Of the made-up store.")] = 100_000,
+    count: Annotated[int, typer.Option("--episodes", min=1000, help="Drawn, written and read.")] = 1_000_000,
+) -> None:
+    with mistakes():
+        passed = True
+        for result in bench_scale(images, count):
+            say(str(result))
+            passed &= result.passed
+        if not passed:
+            raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(run)
