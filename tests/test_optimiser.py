@@ -119,7 +119,7 @@ def test_the_state_of_an_optimiser_that_went_from_parameter_to_parameter_is_gone
     step(plain, earlier)
     saved = {"training": plain.state_dict(), "optimiser": earlier.state_dict()}
     state.load_state_dict(state.state_dict() | deepcopy(saved))
-    assert state.optimiser.param_groups[0]["fused"]
+    assert state.optimiser.param_groups[0]["foreach"]
     step(plain, earlier)
     step(state.model, state.optimiser)
     for ours, theirs in zip(state.model.parameters(), plain.parameters(), strict=True):

@@ -53,6 +53,8 @@ def step_operators(config: TrainConfig) -> tuple[float, float]:
     prepared = prepare(config)
     shards, builder, cpu = prepared.shards[0], prepared.builders[0], torch.device("cpu")
     state = begin(prepared, LastCheckpoint(prepared), cpu)
+    for group in state.optimiser.param_groups:  # as on a GPU
+        group.update(fused=True, foreach=None)
     counts = Counter()
     for group, (size, *_) in [(0, config.batches[0]), *enumerate(config.batches)]:
         drawn = shards.batch(group, 0)

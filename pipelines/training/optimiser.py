@@ -16,7 +16,9 @@ def optimiser_of(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         matrices = {id(layer.weight) for layer in model.modules() if isinstance(layer, MATRICES)}
         parts = [[p for p in model.parameters() if (id(p) in matrices) == inside] for inside in (True, False)]
         groups = [{"params": parts[0]}, {"params": parts[1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
+    # one operator on a GPU; on a CPU that one rounds otherwise than recorded results, and the next best does not
+    way = {"fused": True} if next(model.parameters()).is_cuda else {"foreach": True}
+    return torch.optim.AdamW(groups, config.lr, config.betas, weight_decay=config.weight_decay, **way)
 
 
 def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:

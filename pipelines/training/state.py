@@ -92,8 +92,9 @@ class TrainState:
         """Go on from a checkpoint; parts that older ones have not stay as they are."""
         self.model.load_state_dict(today_names(saved["training"]))
         self.average.load_state_dict(today_names(saved["average"]))
-        fused = {"fused": True, "foreach": None}  # whatever the checkpoint was written with
-        groups = [group | fused for group in saved["optimiser"]["param_groups"]]
+        # whatever the checkpoint was written with, on another device or by an earlier version
+        way = {name: self.optimiser.defaults[name] for name in ("fused", "foreach")}
+        groups = [group | way for group in saved["optimiser"]["param_groups"]]
         self.optimiser.load_state_dict(saved["optimiser"] | {"param_groups": groups})
         self.schedule.load_state_dict(saved["schedule"])
         at, device = saved["at"], next(self.model.parameters()).device
