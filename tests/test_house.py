@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PRODUCT_LINES, TOOLS_LINES = 18_600, 2_500
+PRODUCT_LINES, TOOLS_LINES = 18_574, 2_500
 MODULES_IN_A_FOLDER = 13
 LINES_OF_A_FUNCTION = {"train_loop": 60}
 LONGEST_FUNCTION = 80  # lines; those of commands/ are lists of options
