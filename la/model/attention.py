@@ -43,11 +43,10 @@ class Attention(nn.Module):
         if not self._absorbs(tokens):
             return self(tokens, key, value)
         q = self.q_proj(tokens).unflatten(-1, (self.heads, -1))
-        seen = torch.einsum("bthd,hdc->bthc", q, self._by_head(self.k_proj)).flatten(1, 2)
+        seen = torch.einsum("bthd,hdc->bthc", q, self._by_head(self.k_proj)) / math.sqrt(q.shape[-1])
         # the key's bias adds the same to every score of a token, so the softmax drops it
-        scale = 1 / math.sqrt(q.shape[-1])
-        pooled = F.scaled_dot_product_attention(seen[:, None], key[:, None], value[:, None], scale=scale)
-        pooled = pooled[:, 0].unflatten(1, (-1, self.heads))
+        weights = (seen.flatten(1, 2) @ key.transpose(1, 2)).softmax(-1)
+        pooled = (weights @ value).unflatten(1, (-1, self.heads))
         mixed = torch.einsum("bthc,hdc->bthd", pooled, self._by_head(self.v_proj)).flatten(-2) + self.v_proj.bias
         return self.out_proj(mixed)
 
@@ -59,15 +58,15 @@ class Attention(nn.Module):
         if not self._absorbs(key):
             return self(query, key, value, valid)
         k = self.k_proj(key).unflatten(-1, (self.heads, -1))
-        k = k / math.sqrt(k.shape[-1])
-        seen = torch.einsum("bthd,hdc->bthc", k, self._by_head(self.q_proj))
-        offset = torch.einsum("bthd,hd->bth", k, self.q_proj.bias.unflatten(0, (self.heads, -1)))
-        offset = offset.masked_fill(~valid[..., None], -math.inf).flatten(1)[:, None]
-        scores = torch.baddbmm(offset, query, seen.flatten(1, 2).transpose(1, 2))
+        scale = 1 / math.sqrt(k.shape[-1])
+        seen = torch.einsum("bthd,hdc->bthc", k, self._by_head(self.q_proj)) * scale
+        offset = torch.einsum("bthd,hd->bth", k, self.q_proj.bias.unflatten(0, (self.heads, -1))) * scale
+        offset = offset.masked_fill(~valid[..., None], -math.inf)
+        scores = query @ seen.flatten(1, 2).transpose(1, 2) + offset.flatten(1)[:, None]
         weights = scores.unflatten(-1, (-1, self.heads)).softmax(-2).flatten(-2)
         v = self.v_proj(value).unflatten(-1, (self.heads, -1))
         said = torch.einsum("bthd,chd->bthc", v, self.out_proj.weight.unflatten(1, (self.heads, -1)))
-        return torch.baddbmm(self.out_proj.bias, weights, said.flatten(1, 2))
+        return weights @ said.flatten(1, 2) + self.out_proj.bias
 
     def _absorbs(self, tokens: Tensor) -> bool:
         """Whether moving the projections over is less work: each token costs the map one row per head."""
@@ -164,9 +163,10 @@ class FourierPosition(nn.Module):
     def grid(self, height: int, width: int) -> Tensor:
         """(height * width, D): the cell centres of a feature map, row by row."""
         device = self.matrix.device
-        y = torch.arange(0.5, height, device=device) / height
-        x = torch.arange(0.5, width, device=device) / width
-        return self(torch.cartesian_prod(y, x).flip(-1).to(self.matrix))
+        y = (torch.arange(height, device=device) + 0.5) / height
+        x = (torch.arange(width, device=device) + 0.5) / width
+        cells = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)
+        return self(cells.to(self.matrix)).flatten(0, 1)
 
 
 class LayerNorm2d(nn.LayerNorm):
