@@ -15,7 +15,6 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from la.errors import InputError
-from la.evaluation.baselines import BASELINES
 from pipelines.config import (
     RECIPES,
     Count,
@@ -206,9 +205,8 @@ def find_study(name: str) -> Study:
     try:
         content = runpy.run_path(str(file))["study"]() if file.suffix == ".py" else tomllib.loads(file.read_text())
         variants = tuple(Variant.read(key, table) for key, table in content.pop("variants", {}).items())
-        for variant in variants:  # of a file alone: a sweep with one that failed by it is to be read for reports
-            if variant.trained == (variant.method in BASELINES):
-                raise ValueError(f"variant {variant.name}: {variant.method!r} is none of la, {', '.join(BASELINES)}")
+        if file.parent != FOLDER:  # those of the product, from which every start of the command line makes its verbs
+            _check_methods(variants)
         return Study(**{"name": file.stem} | content, variants=variants)
     except ValidationError as error:
         first = error.errors()[0]
@@ -218,6 +216,15 @@ def find_study(name: str) -> Study:
         raise InputError(
             f"{file} is not a study ({type(error).__name__}: {error}). See `sweep new` for one."
         ) from error
+
+
+def _check_methods(variants: tuple[Variant, ...]) -> None:
+    """ValueError for a method that is not there. Of a file alone: reports read sweeps that failed by one."""
+    from la.evaluation.baselines import BASELINES  # it loads torch
+
+    for variant in variants:
+        if variant.trained == (variant.method in BASELINES):
+            raise ValueError(f"variant {variant.name}: {variant.method!r} is none of la, {', '.join(BASELINES)}")
 
 
 def search_of(study: Study) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The command line: every verb teaches, the smallest demo runs whole, mistakes are one message and exit code 2."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,11 @@ def test_every_verb_explains_itself(verb):
     result = run(*verb.split(), "--help")
     assert result.exit_code == 0
     assert "--" in result.output
+
+
+def test_the_command_line_starts_without_torch():
+    code = "import sys, cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, "it takes a second or two to load"
 
 
 def test_the_smallest_demo_makes_tables_picture_and_runs(demo):
