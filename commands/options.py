@@ -115,7 +115,7 @@ def verb(
                 base = defaults(**mine) if callable(defaults) else known
                 config = _assemble(settings, dict(base), given, training)
                 if printing:
-                    console.print(as_file(config), highlight=False, soft_wrap=True, markup=False)
+                    say(as_file(config))
                 else:
                     body(config, **mine)
 
@@ -150,11 +150,7 @@ def option(settings: type[Settings], name: str, default: Any = None, hidden: boo
         plain, how = Path, how | {"parser": path_or_uri, "metavar": "DIR"}
     elif entry_type(plain):
         plain, how = str, how | {"metavar": "A,B,..."}
-    how |= {
-        "help": about,
-        "rich_help_panel": panel_of(settings, name),
-        "show_default": False,
-    }
+    how |= {"help": about, "rich_help_panel": panel_of(settings, name), "show_default": False}
     return _parameter(name, plain, typer.Option(flag, **how), field.is_required())
 
 

@@ -42,11 +42,7 @@ def add_study(name: str) -> None:
         goes_on=True,
     )
     def command(
-        config: SweepConfig,
-        address: AddressOption = None,
-        dry_run: DryRunOption = False,
-        *,
-        how: dict,
+        config: SweepConfig, address: AddressOption = None, dry_run: DryRunOption = False, *, how: dict
     ) -> None:
         run_study(config, study, dry_run, **how)
 

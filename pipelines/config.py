@@ -302,6 +302,13 @@ class TrainConfig(ModelSettings, OptimisationSettings, DeviceSettings, StoreSett
             return known
         return known | {"batches": scaled_batches(recipe, scale)}
 
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the settings that are not as preset and recipe have them."""
+        usual = type(self)(preset=self.preset, recipe=self.recipe)
+        names = (name for name, field in type(self).model_fields.items() if not field.exclude)
+        return tuple(name for name in names if getattr(self, name) != getattr(usual, name))
+
 
 class ProtocolSettings(Settings):
     """What decides how episodes are drawn and scored; the protocol sets the numbers that are not given."""

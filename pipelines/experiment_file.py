@@ -63,16 +63,13 @@ def as_text(value: Any) -> str:
 
 def as_options(config: TrainConfig) -> list[str]:
     """The options of `train` that give these settings: preset, recipe, and what differs from theirs."""
-    usual = TrainConfig(preset=config.preset, recipe=config.recipe)
     words = ["--workspace", str(config.workspace), "--preset", config.preset, "--recipe", config.recipe]
-    for name in fields_of(TrainConfig):
+    for name in config.changed:
         value, flag = getattr(config, name), flag_of(TrainConfig, name)
-        if value == getattr(usual, name) or name in ("workspace", "preset", "recipe", "device", "threads"):
-            continue
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag.removeprefix('--')}")
         elif name == "also":
             words += [word for path in value for word in (flag, str(path))]
-        else:
+        elif name not in ("workspace", "device", "threads"):
             words += [flag, as_text(value)]
     return words

@@ -224,11 +224,10 @@ def _measured(result: SweepResult, variant: str, task: Task, prompt: str) -> str
         cell += f" ± {statistics.stdev(score.miou for score in scores):.1f}"
     elif len(config.folds) == 1 and config.seeds > 1:
         cell += f" ± {scores[0].std:.1f}"
-    done, trained = len([s for s in by_fold.values() if s]), any(len(s) > 1 for s in by_fold.values())
-    fewer = min(map(len, by_fold.values())) < len(config.train_seeds) and trained
-    if done == len(config.folds) and not fewer:
-        return cell
-    return f"{cell} ({done} of {len(config.folds)} folds)" if done < len(config.folds) else f"{cell} (seeds missing)"
+    counts = [len(of_fold) for of_fold in by_fold.values()]  # seeds of training that are finished
+    if 0 in counts:
+        return f"{cell} ({len(counts) - counts.count(0)} of {len(counts)} folds)"
+    return f"{cell} (seeds missing)" if max(counts) > 1 and min(counts) < len(config.train_seeds) else cell
 
 
 def _with_interval(scores: Sequence[Score]) -> str:

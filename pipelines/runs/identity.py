@@ -115,12 +115,9 @@ def write_identity(run_dir: Path, config: TrainConfig, code: Code) -> None:
 
 def settings_as_toml(config: TrainConfig) -> str:
     """An experiment file: preset, recipe, fold, seed, and what differs from their defaults. It names no workspace."""
-    settings = config.model_dump(mode="json", exclude={"workspace"})
-    usual = TrainConfig(workspace=config.workspace, preset=config.preset, recipe=config.recipe).model_dump(mode="json")
+    settings = config.model_dump(mode="json", exclude={"workspace"}, exclude_none=True)
     always = ("preset", "recipe", "fold", "seed")
-    chosen = {name: settings[name] for name in always}
-    chosen |= {name: v for name, v in settings.items() if name not in always and v is not None and v != usual[name]}
-    return tomli_w.dumps(chosen)
+    return tomli_w.dumps({name: settings[name] for name in (*always, *config.changed) if name in settings})
 
 
 def weights_digest(source: str) -> str:

@@ -56,8 +56,7 @@ def varied(configs: Iterable[Settings]) -> tuple[str, ...]:
 
 def changed(config: TrainConfig) -> tuple[str, ...]:
     """Names of the settings that are not as preset and recipe have them."""
-    own = TrainConfig(workspace=config.workspace, preset=config.preset, recipe=config.recipe)
-    return varied([own, config])
+    return tuple(sorted(set(config.changed) - NO_PARAMS))
 
 
 def training_params(config: TrainConfig, names: Sequence[str]) -> dict[str, object]:
