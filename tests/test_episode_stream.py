@@ -7,10 +7,9 @@ from pipelines.episodes import episode_shards
 from pipelines.episodes.episode_shards import EpisodeStream, draw, ensure_episodes, training_plan
 from pipelines.runs.checkpoints import load
 from pipelines.store.reader import FeatureStore
-from pipelines.training import loop
 from pipelines.training.prepare import run_dir_of
 from pipelines.training.run import train
-from tests.test_training import featurized_scenes, settings
+from tests.test_training import featurized_scenes, settings, stopped_after_a_checkpoint
 
 
 @pytest.fixture
@@ -82,16 +81,8 @@ def test_training_on_a_stream_is_that_on_as_many_episodes_and_goes_on_in_its_mid
         file.unlink()
     for part in (workspace / "episodes" / "protocol=la-train").rglob("*.parquet"):
         part.unlink()
-    real = loop.save_last
-
-    def stop(run_dir, content):
-        real(run_dir, content)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_last", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    with stopped_after_a_checkpoint(monkeypatch):
+        train(config)
     assert load(run_dir / "last.pt")["step"] == 17
     train(config)
     weights["resumed"] = load(run_dir / "last.pt")["training"]

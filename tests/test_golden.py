@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import pipelines.training.loop as training
 from pipelines.config import FeaturizeConfig, TrainConfig
 from pipelines.demo.scenes import draw_scenes
 from pipelines.store.featurize import featurize
+from pipelines.training import loop
 from pipelines.training.run import train
 from tests.conftest import TINY
+from tests.test_training import stopped_after_a_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden" / "debug_50_steps.json"
 
@@ -41,7 +42,7 @@ def run(root: Path, scenes: Path, weights: Path) -> tuple[list[float], dict[str,
 
 
 def test_fifty_steps_give_the_recorded_losses_with_and_without_a_stop(tmp_path, tiny_weights, monkeypatch):
-    monkeypatch.setattr(training, "REPORT_EVERY", 1)
+    monkeypatch.setattr(loop, "REPORT_EVERY", 1)
     scenes = draw_scenes(tmp_path / "scenes", train_images=60, val_images=30)
     losses, weights = run(tmp_path / "whole", scenes, tiny_weights)
     if os.environ.get("LA_WRITE_GOLDEN"):
@@ -51,16 +52,8 @@ def test_fifty_steps_give_the_recorded_losses_with_and_without_a_stop(tmp_path, 
     # rounding differs from one processor to another; on one machine the losses repeat bit for bit, see below
     assert losses == pytest.approx(expected, rel=2e-3)
 
-    save_last = training.save_last
-
-    def stop_at_25(run_dir, content):
-        save_last(run_dir, content)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "save_last", stop_at_25)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "stopped", scenes, tiny_weights)
+    with stopped_after_a_checkpoint(monkeypatch):
+        run(tmp_path / "stopped", scenes, tiny_weights)
     resumed_losses, resumed = run(tmp_path / "stopped", scenes, tiny_weights)
     assert resumed_losses == losses
     assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())

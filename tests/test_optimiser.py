@@ -13,7 +13,7 @@ from pipelines.training.optimiser import optimiser_of
 from pipelines.training.prepare import prepare, run_dir_of
 from pipelines.training.resume import LastCheckpoint, begin
 from pipelines.training.run import train
-from tests.test_training import featurized_scenes, settings, train_on_two
+from tests.test_training import featurized_scenes, settings, stopped_after_a_checkpoint, train_on_two
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +87,8 @@ def test_a_run_with_all_options_goes_on_where_it_stopped(workspace, monkeypatch)
     assert [len(g["params"]) > 0 for g in expected["optimiser"]["param_groups"]] == [True, True]
     for file in (*run_dir.glob("*.pt"), run_dir / "result.json"):
         file.unlink()
-    import pipelines.training.loop as training
-
-    real = training.save_last
-
-    def stop(run_dir, content):
-        real(run_dir, content)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "save_last", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    with stopped_after_a_checkpoint(monkeypatch):
+        train(config)
     assert load(run_dir / "last.pt")["step"] == 4
     train(config)
     resumed = load(run_dir / "last.pt")["training"]

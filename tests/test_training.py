@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from pipelines.runs.identity import run_dir_of
 from pipelines.runs.official_files import import_official
 from pipelines.store.featurize import featurize
 from pipelines.store.reader import FeatureStore
+from pipelines.training import loop
 from pipelines.training.loop import Worker, train_loop
 from pipelines.training.prepare import prepare
 from pipelines.training.run import train
@@ -66,6 +68,21 @@ def settings(workspace, **changes):
 
 def weights_of(path):
     return torch.load(path, weights_only=True)["state"]
+
+
+@contextmanager
+def stopped_after_a_checkpoint(monkeypatch):
+    """The training inside ends by KeyboardInterrupt when it has written a checkpoint."""
+    save_last = loop.save_last
+
+    def stop(run_dir, content):
+        save_last(run_dir, content)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_last", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 class Stop(Exception):
